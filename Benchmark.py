@@ -1,0 +1,28 @@
+"""Step 3: the pretrained backbone with an untrained head, per task: what a model knows of the classes before training."""
+
+from common import models
+from common.config import BenchmarkConfig, run
+from common.data import load_task
+from common.results import Results
+from common.tasks import TASKS
+from common.training import evaluate
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Predict every test split and write predictions and confusion matrices."""
+    results = Results(config, "Benchmark", "Benchmark")
+    processor = models.load_processor(config.model)
+    tasks = [load_task(task, config, processor) for task in TASKS]
+    if results.finished(tasks):
+        return
+    rows = []
+    for data in tasks:
+        model = models.load_backbone(config.model, data.classes, config.seed)
+        probabilities, _ = evaluate(model, data.test, config)
+        rows.append(results.write_test(data, probabilities, f"Benchmark_{data.task.title}", "Pretrained, untrained head"))
+    results.link("Benchmark_Data")
+    results.finish(rows, tasks)
+
+
+if __name__ == "__main__":
+    run(main, BenchmarkConfig)

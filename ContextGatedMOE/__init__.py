@@ -1,0 +1,10 @@
+"""Context Gated Mixture of LoRA Experts: one model that weighs frozen LoRA adapters by what it sees.
+
+    from ContextGatedMOE import ContextGatedMOE
+    model = ContextGatedMOE.from_adapters(base_model, {"fire": "fire_lora", "game": "game_lora"})
+"""
+
+from ContextGatedMOE.experts import Expert, MixtureError, read_expert
+from ContextGatedMOE.model import ContextGatedMOE
+
+__all__ = ["ContextGatedMOE", "Expert", "MixtureError", "read_expert"]

@@ -1,0 +1,20 @@
+"""Step 1: fetch (or, with --demo, generate) the images of every task and split them: fire_dataset/, game_dataset/."""
+
+from pathlib import Path
+
+from common.config import PreparationConfig, run
+from common.data import prepare
+from common.tasks import TASKS
+
+
+def main(config: PreparationConfig) -> None:
+    """Prepare every task and print what there is."""
+    for task in TASKS:
+        manifest = prepare(task, config)
+        counts = ", ".join(f"{count} {name}" for name, count in manifest["images"].items())
+        print(f"{task.name}: {counts} images of {', '.join(manifest['classes'])}")
+        print(f"  from {manifest['source']}, in {Path(config.root) / task.dataset_folder}")
+
+
+if __name__ == "__main__":
+    run(main, PreparationConfig)

@@ -1,0 +1,266 @@
+"""Settings: one dataclass per script over shared groups of flags, the command line, and one-line errors."""
+
+import dataclasses
+import os
+import sys
+from argparse import ArgumentDefaultsHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+from common.tasks import TASKS
+
+DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
+HIGHEST = 2**32 - 1  # of any number: what every generator of random numbers takes as a seed
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that says what is wrong and how to mend it."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that becomes a flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RunFlags:
+    """Flags of every script."""
+
+    _argument_group_name: ClassVar[str] = "run"
+    demo_defaults: ClassVar[dict[str, Any]] = {"root": "demo", "model": str(DEMO_BACKBONE)}
+    demo: bool = option(False, "use generated images, the small backbone in common/demo/backbone and short training")
+    root: str = option(".", "folder that holds the datasets and Results/")
+    seed: int = option(3407, "seed of every random number; the same seed gives the same files")
+    model: str = option("microsoft/beit-large-patch16-224", "pretrained BEiT: a name on the Hub or a folder")
+    overwrite: bool = option(False, "make this script's own results anew")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            lowest = self.lowest.get(name)
+            if lowest is not None and value is not None and not lowest <= value <= HIGHEST:  # also catches NaN
+                raise UserError(f"--{name} must be at least {lowest} and at most {HIGHEST}, not {value}")
+
+    # The smallest value that makes sense, by flag, for all groups below.
+    lowest: ClassVar[dict[str, float]] = {
+        "seed": 0, "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0,
+        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "routing_weight": 0,
+        "seeds": 1,
+    }
+
+
+@dataclass
+class HardwareFlags:
+    """Where and how a model is computed."""
+
+    _argument_group_name: ClassVar[str] = "hardware"
+    device: str = option("auto", "auto takes a GPU if there is one; or cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "precision of training; auto takes bf16 where the hardware computes in it. Evaluation is always in fp32"
+    )
+
+
+@dataclass
+class TrainingFlags(HardwareFlags):
+    """One training loop. Reference values: the documented experiment (Adam, batch 16 x 4)."""
+
+    _argument_group_name: ClassVar[str] = "training"
+    demo_defaults: ClassVar[dict[str, Any]] = {"batch_size": 32, "accumulation_steps": 1, "augment": True}
+    epochs: int = option(25, "passes over the training images")
+    batch_size: int = option(16, "images that are computed at once")
+    accumulation_steps: int = option(4, "batches that make up one optimizer step")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW; 0 is plain Adam")
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up")
+    augment: bool = option(False, "mirror training images at random and shift them by up to an eighth; not for base models")
+
+
+@dataclass
+class LoraFlags:
+    """The shape of the LoRA adapters."""
+
+    _argument_group_name: ClassVar[str] = "LoRA"
+    lora_rank: int = option(16, "rank of every adapter")
+    lora_alpha: int = option(32, "adapters are scaled by alpha / rank")
+
+
+@dataclass
+class GateFlags:
+    """The gates of the mixture."""
+
+    _argument_group_name: ClassVar[str] = "gates"
+    gate_hidden: int = option(4, "width of each gate's hidden layer")
+    routing_weight: float = option(
+        0.1, "weight of the loss that asks the gates, in training only, for the expert of the image's task"
+    )
+
+
+def _task_fields() -> list[tuple[str, Any, Any]]:
+    """Two flags for each task: where its images come from, and which classes are used."""
+    return [entry for task in TASKS for entry in (
+        (f"{task.key}_source", str | None, option(
+            None, f"local images for {task.name} instead of {task.hub_id}: a folder with one subfolder of images a "
+                  "class, or Parquet")),
+        (f"{task.key}_classes", list[str], field(default_factory=list, metadata={
+            "help": f"classes of {task.name} to use, in label order; by default the first four"})),
+    )]
+
+
+@dataclass
+class SourceFlags(dataclasses.make_dataclass("TaskSourceFlags", _task_fields(), namespace={"_argument_group_name": "sources"})):
+    """Where images come from and how many are used."""
+
+    _argument_group_name: ClassVar[str] = "sources"
+    demo_defaults: ClassVar[dict[str, Any]] = {"images_per_class": "250"}
+    images_per_class: str = option("1000", "images of each class, chosen by the seed; 'all' takes as many as there are")
+
+
+@dataclass
+class PreparationConfig(SourceFlags, RunFlags):
+    """Settings of Data_Preparation.py."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images_per_class != "all" and not (self.images_per_class.isdecimal() and int(self.images_per_class) >= 5):
+            raise UserError(f"--images_per_class must be 'all' or a number of at least 5, not {self.images_per_class}")
+
+
+@dataclass
+class BaseModelConfig(TrainingFlags, RunFlags):
+    """Settings of Generate_Base_Model.py."""
+
+    epochs: int = option(10, "passes over the training images' features")
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
+
+
+@dataclass
+class BenchmarkConfig(HardwareFlags, RunFlags):
+    """Settings of Benchmark.py."""
+
+
+@dataclass
+class FinetuneConfig(TrainingFlags, RunFlags):
+    """Settings of Finetune.py.
+
+    The rate and its decay are those of the published fine-tuning of BEiT-large on ImageNet (Bao et al. 2022, official
+    recipe: 2e-5, layer decay 0.9, cosine); 2e-4 on all layers is the documented experiment.
+    """
+
+    _argument_group_name: ClassVar[str] = "fine-tuning"
+    learning_rate: float = option(2e-5, "peak learning rate of the head; see --layer_decay")
+    layer_decay: float = option(0.9, "each block learns at this share of the rate of the block above it")
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "epochs": 15}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"--layer_decay must be above 0 and at most 1, not {self.layer_decay}")
+
+
+@dataclass
+class LoraConfig(LoraFlags, TrainingFlags, RunFlags):
+    """Settings of Lora_Finetune.py."""
+
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-3, "epochs": 15}
+
+
+@dataclass
+class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
+    """Settings of CGM_Lora.py."""
+
+    _argument_group_name: ClassVar[str] = "comparison"
+    learning_rate: float = option(2e-3, "peak learning rate of the gates")
+    compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
+    seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3, "epochs": 6}
+
+
+@dataclass
+class RunAllConfig(SourceFlags, RunFlags):
+    """Settings of `python -m common.run_all`: the flags it hands on."""
+
+
+SCRIPTS: dict[str, type] = {
+    "Data_Preparation": PreparationConfig,
+    "Generate_Base_Model": BaseModelConfig,
+    "Benchmark": BenchmarkConfig,
+    "Finetune": FinetuneConfig,
+    "Lora_Finetune": LoraConfig,
+    "CGM_Lora": MixtureConfig,
+}
+
+Config = TypeVar("Config", bound=RunFlags)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that reports a bad flag in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parse(config_class: type[Config], argv: list[str] | None = None, description: str | None = None) -> Config:
+    """Read the command line into `config_class`.
+
+    Raises SystemExit(2) on a flag that cannot be read, UserError on a value that makes no sense.
+    """
+    parser = _Parser(
+        _flag_groups(config_class), description=description, allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    demo_defaults = _demo_defaults(config_class)
+    for action in parser._actions:
+        if action.dest in demo_defaults:
+            value = demo_defaults[action.dest]
+            action.help += f"; with --demo {os.path.relpath(value) if os.path.isabs(str(value)) else value}"
+    if parser.parse_args(argv).demo:
+        parser.set_defaults(**demo_defaults)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def _flag_groups(config_class: type[Config]) -> list[type]:
+    """One dataclass per group of flags, each field in the group that first declares it, with its final default."""
+    final = {f.name: f for f in dataclasses.fields(config_class)}
+    groups: dict[str, list] = {}
+    for base in reversed(config_class.__mro__):
+        for name in vars(base).get("__annotations__", {}):
+            if name in final:
+                old = final.pop(name)
+                factory = old.default_factory is not dataclasses.MISSING
+                default = {"default_factory": old.default_factory} if factory else {"default": old.default}
+                entry = (name, old.type, field(**default, metadata=old.metadata))
+                groups.setdefault(base._argument_group_name, []).append(entry)
+    return [
+        dataclasses.make_dataclass("Flags", fields, namespace={"_argument_group_name": name})
+        for name, fields in groups.items()
+    ]
+
+
+def _demo_defaults(config_class: type[Config]) -> dict[str, Any]:
+    """The values `--demo` puts in place of the defaults, those of the script over those of its groups."""
+    return {
+        name: value for base in reversed(config_class.__mro__) for name, value in vars(base).get("demo_defaults", {}).items()
+    }
+
+
+def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
+    """Run a script's `main` with its command line; what the user can mend becomes one line and exit status 2."""
+    script = Path(sys.argv[0]).name
+    try:
+        main(parse(config_class, description=sys.modules["__main__"].__doc__))
+    except UserError as error:
+        reason = str(error)
+    except OSError as error:  # no space, no permission, a file that went away
+        reason = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    except SafetensorError as error:  # no space again: safetensors has its own name for it
+        reason = str(error)
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: interrupted; finished results are whole, run the same command to go on")
+    else:
+        sys.exit(0)
+    print(f"{script}: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,39 @@
+"""Draw the README's contact sheets of the generated images: `python -m common.demo.contact_sheet FOLDER`."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.tasks import TASKS, Task
+
+COLUMNS = 8
+
+
+def contact_sheet(task: Task, path: Path, seed: int = 0) -> None:
+    """Write a picture with one row of freshly generated images per class."""
+    rows = len(task.demo_classes)
+    sample = [[task.render(label, np.random.default_rng([seed, label, i])) for i in range(COLUMNS)] for label in range(rows)]
+    height, width = sample[0][0].shape[:2]
+    figure = Figure(figsize=(1.3 * COLUMNS, 1.3 * rows * height / width + 0.3 * rows), layout="constrained")
+    for label, panels in enumerate(figure.subplots(rows, COLUMNS)):
+        for panel, image in zip(panels, sample[label], strict=True):
+            panel.imshow(image, interpolation="nearest")
+            panel.set_axis_off()
+        panels[0].set_title(task.demo_classes[label], loc="left", fontsize=9)
+    figure.savefig(path, dpi=100, pil_kwargs={"quality": 88})
+
+
+def main() -> None:
+    """Write one sheet per task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder to write <task>.jpg into")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        contact_sheet(task, folder / f"{task.key}.jpg")
+
+
+if __name__ == "__main__":
+    main()

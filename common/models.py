@@ -1,0 +1,154 @@
+"""Backbones, heads and LoRA: building, loading and saving in the Hugging Face layouts."""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HTTPError
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, BeitConfig, BeitForImageClassification, BeitImageProcessorPil, PreTrainedModel
+from transformers.utils import logging
+
+from common.config import RunFlags, UserError
+from common.data import TaskData
+from common.files import PROVENANCE_FILE, command, read_json, write_json, writing
+from common.tasks import Task
+
+HEAD = "classifier"
+# The six linear layers of a BEiT block, as the installed transformers names them.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+logging.set_verbosity_error()  # what loading leaves out or makes new is checked here, not printed
+logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by an old name
+
+
+def load_processor(name: str) -> BeitImageProcessorPil:
+    """The image processor that belongs to a backbone, in its PIL version. Raises UserError if it cannot be had."""
+    try:
+        return BeitImageProcessorPil.from_pretrained(name)
+    except (OSError, ValueError, HTTPError) as error:
+        raise UserError(_cannot_load(name, error)) from error
+
+
+def load_backbone(name: str, classes: list[str], seed: int) -> BeitForImageClassification:
+    """A pretrained BEiT with a new, seeded head for `classes`.
+
+    Every weight but the head must come from the checkpoint. Published BEiT files carry older parameter names, which
+    transformers translates. Raises UserError if there is no such model, it is no BEiT, or a weight is missing.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if not isinstance(config, BeitConfig):
+            raise UserError(f"--model {name} is a {config.model_type} model; choose a BEiT, such as microsoft/beit-base-patch16-224")
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: index for index, label in config.id2label.items()}
+        model, info = BeitForImageClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+        raise UserError(_cannot_load(name, error)) from error
+    head = {f"{HEAD}.weight", f"{HEAD}.bias"}
+    foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"]) | set(info["unexpected_keys"])
+    if foreign - head:
+        raise UserError(f"--model {name} does not fit: {min(foreign - head)} is missing, left over or of another shape")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()).split(". ")[0][:200]
+    return (f"--model {name} cannot be loaded ({reason}); check the name and the network, give a folder, "
+            "or use --demo for the small backbone that comes with the code")
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftModel:
+    """Put a LoRA adapter on every linear layer of every block; the head is trained and saved with it."""
+    config = PeftLoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=[HEAD])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers training may change."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def backbone_fingerprint(model: BeitForImageClassification) -> str:
+    """SHA-256 of the backbone's weights, without the head."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.beit.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def base_folder(config: RunFlags, task: Task) -> Path:
+    """Where the base model of a task is."""
+    return Path(config.root) / "Results" / "Base_Models" / f"{task.key}_base"
+
+
+def lora_folder(config: RunFlags, task: Task) -> Path:
+    """Where the LoRA expert of a task is."""
+    return Path(config.root) / "Results" / "Lora_Finetune" / "Models" / f"{task.key}_lora_finetune"
+
+
+def check_model(folder: Path, data: TaskData, script: str, config: RunFlags) -> dict[str, Any]:
+    """Return what the model in `folder` was made from.
+
+    Raises UserError, with the command that mends it, if the model is missing, or was made from other images or from
+    another backbone than `config.model`.
+    """
+    mend = f"run {command(script, config)}"
+    if not (folder / PROVENANCE_FILE).exists():
+        raise UserError(f"there is no model in {folder}; {mend}")
+    made_from = read_json(folder / PROVENANCE_FILE, f"{mend} --overwrite")
+    if made_from.get("data") != data.fingerprint:
+        raise UserError(f"{folder} was made from other images than {data.task.dataset_folder} holds now; {mend} --overwrite")
+    if made_from.get("model") != config.model:
+        raise UserError(f"{folder} was made from {made_from.get('model')}, not {config.model}; {mend} --overwrite, or give "
+                        f"--model {made_from.get('model')}")
+    return made_from
+
+
+def load_base(config: RunFlags, data: TaskData) -> tuple[BeitForImageClassification, dict[str, Any]]:
+    """A task's base model and what it was made from. Raises UserError if it is missing, damaged or does not fit.
+
+    It goes by the name of its backbone: an adapter that has its own head fits the published backbone just as well,
+    and stays loadable when Results/ is moved.
+    """
+    folder = base_folder(config, data.task)
+    made_from = check_model(folder, data, "Generate_Base_Model", config)
+    try:
+        model = BeitForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged; run {command('Generate_Base_Model', config)} --overwrite") from error
+    check_backbone(folder, made_from, model, "Generate_Base_Model", config)
+    model.name_or_path = config.model
+    return model, made_from
+
+
+def check_backbone(folder: Path, made_from: dict[str, Any], model: BeitForImageClassification, script: str,
+                   config: RunFlags) -> None:
+    """Raise UserError unless the model in `folder` was made on the very backbone weights of `model`."""
+    if made_from.get("backbone") != backbone_fingerprint(model):
+        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; "
+                        f"run {command(script, config)} --overwrite")
+
+
+def save(folder: Path, model: Any, processor: BeitImageProcessorPil, made_from: dict[str, Any]) -> None:
+    """Write a model with its image processor and provenance in place of what is in `folder`, whole or not at all."""
+    model.to("cpu")
+    with writing(folder) as part:
+        model.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # peft's empty model card, with a path of this machine
+        processor.save_pretrained(part)
+        write_json(part / PROVENANCE_FILE, made_from)

@@ -1,0 +1,43 @@
+"""Run the six scripts in order: `python -m common.run_all [--demo]`."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.config import SCRIPTS, RunAllConfig, UserError, run
+from common.results import print_summary
+
+
+def main(config: RunAllConfig) -> None:
+    """Run every script with the flags given here. Raises UserError, after the script's own line, if one fails."""
+    folder = Path(__file__).resolve().parents[1]
+    seconds = {}
+    for script, config_class in SCRIPTS.items():
+        print(f"\n== {script} ==", flush=True)
+        started = time.perf_counter()
+        status = subprocess.run([sys.executable, folder / f"{script}.py", *_flags(config, config_class)]).returncode
+        seconds[script] = time.perf_counter() - started
+        if status:
+            raise UserError(f"{script}.py ended with status {status}; run the same command again once that is mended")
+    print("\n== Summary ==")
+    print_summary(config.root)
+    spent = [f"{script} {time_taken:.0f} s" for script, time_taken in seconds.items()]
+    print("\n" + ", ".join(spent), f"in all {sum(seconds.values()):.0f} s")
+
+
+def _flags(config: RunAllConfig, config_class: type) -> list[str]:
+    """The flags of this run that a script has too, with their values; those that are not given are left out."""
+    flags = []
+    for field in dataclasses.fields(config_class):
+        value = getattr(config, field.name, None)
+        if value in (None, False, []):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        flags += [f"--{field.name}", *map(str, values)]
+    return flags
+
+
+if __name__ == "__main__":
+    run(main, RunAllConfig)

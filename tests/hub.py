@@ -1,0 +1,208 @@
+"""A small Hugging Face Hub on this machine: serves repositories from memory, counts what it serves, fails when told to."""
+
+import hashlib
+import io
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+FIRE_RISK, GAMEPLAY_IMAGES = "datasets/blanchon/FireRisk", "datasets/Bingsu/Gameplay_Images"
+FIRE_CLASSES = ["high", "low", "moderate", "non-burnable", "very_high", "very_low", "water"]
+GAME_CLASSES = ["Among Us", "Apex Legends", "Fortnite", "Forza Horizon", "Free Fire", "Genshin Impact", "God of War",
+                "Minecraft", "Roblox", "Terraria"]
+
+Files = dict[str, bytes]  # path in the repository -> content
+
+
+def colour(label: int, index: int) -> tuple[int, int, int]:
+    """The one colour of image `index` of class `label`, by which a test knows the image again."""
+    return 20 * label + 10, index, 255 - 20 * label
+
+
+def png(label: int, index: int) -> bytes:
+    """An 8 x 8 PNG of that colour."""
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (8, 8), colour(label, index)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image_dataset(classes: list[str], per_class: int) -> Dataset:
+    """Rows sorted by label, as `datasets` keeps them: image (encoded bytes and path), label (ClassLabel)."""
+    keys = [(label, index) for label in range(len(classes)) for index in range(per_class)]
+    images = [{"bytes": png(*key), "path": f"{key[0]}_{key[1]}.png"} for key in keys]
+    features = Features({"image": Image(), "label": ClassLabel(names=classes)})
+    return Dataset.from_dict({"image": images, "label": [label for label, _ in keys]}, features=features)
+
+
+def dataset_repo(classes: list[str], per_class: int, shards: int) -> Files:
+    """A published image dataset: one split `train` in several Parquet files, and a card that describes them."""
+    dataset = image_dataset(classes, per_class)
+    names = "".join(f"          '{label}': {name}\n" for label, name in enumerate(classes))
+    card = ("---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+            f"      class_label:\n        names:\n{names}  splits:\n  - name: train\n    num_examples: {len(dataset)}\n"
+            f"    num_bytes: {dataset.data.nbytes}\n---\n# Images\n")
+    files = {"README.md": card.encode()}
+    for shard in range(shards):
+        buffer = io.BytesIO()
+        dataset.shard(shards, shard, contiguous=True).to_parquet(buffer)
+        files[f"data/train-{shard:05d}-of-{shards:05d}.parquet"] = buffer.getvalue()
+    return files
+
+
+def folder_repo(folder: Path) -> Files:
+    """The files of a folder, such as a saved model."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name ("owner/model" or "datasets/owner/dataset") and the faults to serve them with.
+
+    gated: repositories that answer 401. server_errors: how many of the next requests answer 500. cuts: by file name,
+    how many of its next downloads break off after half the bytes. requests: (method, path) of all so far.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, repos: dict[str, Files], port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.repos = repos
+        self.gated: set[str] = set()
+        self.server_errors = self.bytes_served = 0
+        self.cuts: Counter[str] = Counter()
+        self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no news."""
+
+
+@contextmanager
+def serve(repos: dict[str, Files], port: int = 0) -> Iterator[Hub]:
+    """Run a hub while the block runs, at http://127.0.0.1:PORT, which is what HF_ENDPOINT has to be; 0 takes any port."""
+    with Hub(repos, port) as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """The part of the Hub's HTTP interface that `load_dataset` and `from_pretrained` use."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+    api = re.compile(r"/api/(models/|datasets/)([^/]+/[^/]+)(?:/(tree|revision)/([^/]+)/?(.*))?")
+    resolve = re.compile(r"/(datasets/|)([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+    def do_GET(self) -> None:
+        """Answer any request."""
+        url = urlsplit(self.path)
+        self.server.requests.append((self.command, self.path))
+        path = unquote(url.path)
+        if self.server.server_errors > 0:
+            self.server.server_errors -= 1
+            self.answer(500)
+        elif found := self.resolve.fullmatch(path):
+            kind, name, revision, file = found.groups()
+            if (files := self.repo(kind + name, revision)) is not None:
+                self.file(files, file)
+        elif found := self.api.fullmatch(path):
+            kind, name, what, revision, folder = found.groups()
+            if (files := self.repo(kind.removeprefix("models/") + name, revision or "main")) is None:
+                return
+            if what == "tree":
+                self.tree(files, folder, "recursive=true" in url.query.lower())
+            else:
+                self.json({"id": name, "sha": commit(files), "siblings": [{"rfilename": path} for path in files]})
+        else:
+            self.answer(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on stderr; `Hub.requests` has it all."""
+
+    def repo(self, name: str, revision: str) -> Files | None:
+        """The files of a repository that may be read, or None once the refusal is sent."""
+        files = self.server.repos.get(name)
+        if files is None:
+            self.answer(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif name in self.server.gated:
+            self.answer(401, {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to {name} is restricted."})
+        elif revision not in ("main", commit(files)):
+            self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+        else:
+            return files
+        return None
+
+    def file(self, files: Files, path: str) -> None:
+        """Send a file or the asked-for range of it."""
+        if path not in files:
+            self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(files)})
+            return
+        body = files[path]
+        headers = {"ETag": f'"{oid(body)}"', "X-Repo-Commit": commit(files), "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted:
+            start, end = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
+            self.answer(206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(body)}"}, body[start : end + 1])
+        elif self.command == "GET" and self.server.cuts[path] > 0:
+            self.server.cuts[path] -= 1
+            self.answer(200, headers, body, cut=True)
+        else:
+            self.answer(200, headers, body)
+
+    def tree(self, files: Files, folder: str, recursive: bool) -> None:
+        """List the files and folders in a folder."""
+        inside = f"{folder}/" if folder else ""
+        entries = {}
+        for path in sorted(path for path in files if path.startswith(inside)):
+            parts = path.removeprefix(inside).split("/")
+            for parent in (inside + "/".join(parts[:depth]) for depth in range(1, len(parts) if recursive else min(len(parts), 2))):
+                entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": oid(parent.encode())}
+            if recursive or len(parts) == 1:
+                entries[path] = {"type": "file", "path": path, "size": len(files[path]), "oid": oid(files[path])}
+        if folder and not entries:
+            self.answer(404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            self.json(list(entries.values()))
+
+    def json(self, content: object) -> None:
+        """Send a JSON document."""
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+
+    def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", cut: bool = False) -> None:
+        """Send a whole answer, or hang up after half its body."""
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if cut:
+            body, self.close_connection = body[: len(body) // 2], True
+        with self.server.lock:
+            self.server.bytes_served += len(body)
+        self.wfile.write(body)
+
+
+def oid(content: bytes) -> str:
+    """A name for a content, as git gives one."""
+    return hashlib.sha1(content).hexdigest()
+
+
+def commit(files: Files) -> str:
+    """A name for the state of a whole repository."""
+    return oid("".join(f"{path} {oid(content)}\n" for path, content in sorted(files.items())).encode())

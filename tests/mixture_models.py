@@ -1,0 +1,232 @@
+"""Tiny base models, random adapters on disk, and the mixture's formula as a plain loop, for the tests of the mixture."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ContextGatedMOE import ContextGatedMOE
+
+VISION = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8, num_labels=3)
+TEXT = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32)
+
+
+class Plain(nn.Module):
+    """A model that is no transformers model: token features (B, T, 8) to logits (B, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 12)  # named like things inside the mixture and peft, on purpose
+        self.blocks = nn.ModuleList([nn.Linear(12, 12, bias=False), nn.Linear(12, 12)])
+        self.embed = nn.Embedding(5, 8)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.base(x))
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.head(self.norm(x).mean(1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny base model: how to build it, what to feed it, and how its layers are called."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], dict[str, Tensor]]
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    head: str
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The base model, in evaluation mode; one seed gives one set of weights, large enough for every layer to matter."""
+        torch.manual_seed(seed)
+        model = self.make().eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(std=0.3)
+        return model
+
+    def batch(self, size: int, seed: int = 0) -> dict[str, Tensor]:
+        """Random inputs as keyword arguments."""
+        torch.manual_seed(100 + seed)
+        return self.inputs(size)
+
+
+def _images(size: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(size, 3, 16, 16)}
+
+
+def _texts(size: int) -> dict[str, Tensor]:
+    lengths = torch.arange(size) % 4 + 4  # 4 to 7 of 7 tokens
+    return {"input_ids": torch.randint(1, 40, (size, 7)), "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
+
+
+def beit(**options: object) -> nn.Module:
+    """A BEiT with some options of its configuration."""
+    return transformers.BeitForImageClassification(transformers.BeitConfig(**{**VISION, "drop_path_rate": 0.0, **options}))
+
+
+def llama(**options: object) -> nn.Module:
+    """A Llama with some options of its configuration."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, **options}))
+
+
+def _vit() -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
+
+
+def _swin() -> nn.Module:  # 4 windows, the second block's shifted, then 1 window
+    return transformers.SwinForImageClassification(transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=3, drop_path_rate=0.0))
+
+
+def _bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(transformers.BertConfig(
+        **TEXT, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+
+
+def _t5() -> nn.Module:
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def _translations(size: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(1, 40, (size, 6)), "attention_mask": torch.ones(size, 6, dtype=torch.long),
+            "decoder_input_ids": torch.randint(1, 40, (size, 4))}
+
+
+CASES = {
+    "beit": Case(beit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
+    "vit": Case(_vit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
+    "swin": Case(_swin, _images, ("q_proj", "v_proj"), ("fc1", "reduction"), "classifier"),
+    "bert": Case(_bert, _texts, ("query", "value"), ("intermediate.dense", "pooler.dense"), "classifier"),
+    "llama": Case(llama, lambda size: {"input_ids": torch.randint(0, 40, (size, 6))}, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head"),
+    "plain": Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head"),
+}
+T5 = Case(_t5, _translations, ("q",), ("wi",), "lm_head")  # encoder and decoder, each with tokens of its own
+
+
+def save_adapter(base: nn.Module, folder: Path, seed: int = 0, config: object = None, **options: object) -> Path:
+    """Write an adapter of `base` with random tensors (LoRA with these options unless a config is given)."""
+    torch.manual_seed(200 + seed)
+    model = get_peft_model(base, config or LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_experts(case: Case, folder: Path) -> dict[str, Path]:
+    """Four adapters of one base that differ in everything that an exact mixture allows."""
+    head = [case.head]
+    options = {
+        "attention": dict(r=2, lora_alpha=4, target_modules=list(case.first), modules_to_save=head),
+        "headless": dict(r=3, lora_alpha=2, target_modules=[*case.first[:1], *case.second], rank_pattern={case.second[0]: 1},
+                         alpha_pattern={case.first[0]: 7}),
+        "on_head": dict(r=2, lora_alpha=1, target_modules=[*case.second, case.head]),
+        "scaled": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=[*case.first, *case.second], modules_to_save=head),
+    }
+    return {name: save_adapter(case.build(), folder / name, seed, **own) for seed, (name, own) in enumerate(options.items())}
+
+
+def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:
+    """Fill the gates with random numbers, so that every image has weights of its own in every layer."""
+    torch.manual_seed(300 + seed)
+    for parameter in model.gate_parameters():
+        parameter.data.normal_()
+    return model
+
+
+def mixture(case: Case, adapters: dict[str, Path], gates: int = 0, **options: object) -> ContextGatedMOE:
+    """A mixture on a fresh base, its gates randomised."""
+    return randomise_gates(ContextGatedMOE.from_adapters(case.build(), adapters, **options), gates)
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's logits, without gradients."""
+    with torch.no_grad():
+        output = model(**inputs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def peft_logits(case: Case, adapter: Path, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of peft's own model: the reference for one expert."""
+    return logits(PeftModel.from_pretrained(case.build(), adapter).eval(), inputs)
+
+
+def rows(inputs: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
+    """The chosen images (or texts) of a batch."""
+    return {name: tensor[index] for name, tensor in inputs.items()}
+
+
+def read_tensors(adapter: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by layer, straight from its file: `layer.lora_A`, `layer.lora_B`, `layer.weight`, `layer.bias`."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    return {key.removeprefix("base_model.model.").replace("lora_A.weight", "lora_A").replace("lora_B.weight", "lora_B"): tensor
+            for key, tensor in tensors.items()}
+
+
+def scale(adapter: Path, layer: str, rank: int) -> float:
+    """LoRA's alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023), from an adapter's JSON."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    alpha = next((own for key, own in config["alpha_pattern"].items() if layer.endswith(key)), config["lora_alpha"])
+    return alpha / (rank**0.5 if config["use_rslora"] else rank)
+
+
+def loop(x: Tensor, base: nn.Linear, weights: Tensor, layer: str, adapters: list[Path], is_head: bool) -> Tensor:
+    """What a mixture layer has to give, one image and one expert after the other. x: (B, N, D); weights: (B, E)."""
+    outputs = []
+    for image, own_weights in zip(x, weights, strict=True):
+        plain = nn.functional.linear(image, base.weight, base.bias)
+        y = torch.zeros_like(plain) if is_head else plain
+        for weight, adapter in zip(own_weights, adapters, strict=True):
+            tensors, update = read_tensors(adapter), torch.zeros_like(plain)
+            if f"{layer}.lora_A" in tensors:
+                down, up = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"]
+                update = scale(adapter, layer, down.shape[0]) * (image @ down.T @ up.T)
+            if is_head and f"{layer}.weight" in tensors:
+                update = nn.functional.linear(image, tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias"))
+            elif is_head:
+                update = plain + update
+            y = y + weight * update
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """What a refusal must leave alone: modules, tensors' bits, and what is trainable."""
+    return {
+        "modules": [(name, type(module), id(module)) for name, module in model.named_modules()],
+        "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+    }
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Two state dicts have the same names and bits."""
+    assert list(actual) == list(expected)
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    """The model is as `snapshot` saw it."""
+    after = snapshot(model)
+    assert [entry[:2] for entry in after["modules"]] == [entry[:2] for entry in before["modules"]]
+    assert after["modules"] == before["modules"]
+    assert after["trainable"] == before["trainable"]
+    assert_same_tensors(after["tensors"], before["tensors"])
+
+
+def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    """Equal to fp32 rounding."""
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)

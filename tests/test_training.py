@@ -1,0 +1,321 @@
+"""Tests of the training loop, the evaluation and the scores, on heads and tiny backbones."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import training
+from common.config import BaseModelConfig, UserError
+from common.data import ImageSet
+from common.metrics import confusion, predictions_table, scores
+from common.training import cross_entropy, evaluate, features, fit, layer_decay_groups, warmup_cosine
+from pipeline import IMAGE_SIZE, tiny_beit
+
+WIDTH, CLASSES = 6, 3
+WEIGHT_LEVELS = {  # of a BEiT with two blocks: how many times the decay applies
+    "classifier": 0, "beit.pooler": 0, "beit.layers.1": 1, "beit.layers.0": 2, "beit.embeddings": 3,
+}
+
+
+def settings(**changes):
+    """Settings of a short training in fp32 on the CPU."""
+    small = {"device": "cpu", "precision": "fp32", "epochs": 3, "batch_size": 8, "accumulation_steps": 1,
+             "learning_rate": 0.05}
+    return BaseModelConfig(**{**small, **changes})
+
+
+def examples(count, seed=0):
+    """Features (N, 6) with labels that follow from them, but for some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, WIDTH, generator=generator)
+    noise = torch.randn(count, CLASSES, generator=generator)
+    return ImageSet(inputs, (inputs[:, :CLASSES] + noise).argmax(1))
+
+
+def pictures(count, seed=0):
+    """Random images (N, 3, 32, 32) with random labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return ImageSet(images, labels, torch.full((3,), 0.5), torch.full((3,), 0.5))
+
+
+def head(seed=0):
+    """A fresh linear head."""
+    torch.manual_seed(seed)
+    return nn.Linear(WIDTH, CLASSES)
+
+
+def weights(model):
+    """A copy of the parameters as one vector."""
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def trained(config, train=None, validation=None, **how):
+    """The weights of a fresh head after training, and the history."""
+    model = head()
+    history = fit(model, train or examples(21), validation or examples(16, seed=1), config, "test", **how).history
+    return weights(model), history
+
+
+# ---- fit ----
+
+
+def test_training_lowers_the_loss():
+    history = trained(settings(epochs=8))[1]
+    assert history["training_loss"].iloc[-1] < 0.8 * history["training_loss"].iloc[0]
+
+
+@pytest.mark.parametrize("learning_rate", [0.05, 2.0])
+def test_the_weights_kept_are_those_of_the_lowest_validation_loss(learning_rate):
+    """At the high rate the last epoch is not the best one."""
+    config, validation = settings(epochs=6, learning_rate=learning_rate, warmup_epochs=0), examples(16, seed=1)
+    model = head()
+    history = fit(model, examples(21), validation, config, "test").history
+    assert evaluate(model, validation, config)[1] == pytest.approx(history["validation_loss"].min(), abs=1e-6)
+
+
+def test_the_best_epoch_may_be_an_early_one():
+    history = trained(settings(epochs=6, learning_rate=2.0, warmup_epochs=0))[1]
+    assert history["chosen"].iloc[-1] == 0 and history["chosen"].sum() == 1
+
+
+@pytest.mark.parametrize("count", [24, 21, 17], ids=["whole steps", "partial step", "one image left"])
+def test_accumulated_batches_equal_one_large_batch(count):
+    train = examples(count)
+    large, large_history = trained(settings(batch_size=8), train)
+    small, small_history = trained(settings(batch_size=4, accumulation_steps=2), train)
+    assert torch.allclose(large, small, atol=1e-5)
+    assert np.allclose(large_history, small_history, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [8, 5, 1])
+def test_a_step_has_the_gradient_of_the_mean_over_its_images(count):
+    """Also where fewer images are left than a step could hold."""
+    model, train, gradients = head(), examples(count), []
+    F.cross_entropy(model(train.inputs), train.labels).backward()
+    expected, model.weight.grad, model.bias.grad = model.weight.grad, None, None
+    model.weight.register_hook(gradients.append)
+    fit(model, train, examples(16), settings(epochs=1, batch_size=4, accumulation_steps=2), "test")
+    assert torch.allclose(sum(gradients), expected, atol=1e-6)
+
+
+def test_the_training_loss_is_the_mean_over_images_not_over_batches():
+    """21 images in batches of 8: without learning, the history tells the loss of the whole set."""
+    train, config = examples(21), settings(learning_rate=0, epochs=1)
+    with torch.no_grad():
+        logits = head()(train.inputs)
+    history = trained(config, train)[1].iloc[0]
+    assert history["training_loss"] == pytest.approx(F.cross_entropy(logits, train.labels).item(), abs=1e-6)
+    assert history["training_accuracy"] == pytest.approx((logits.argmax(1) == train.labels).double().mean().item())
+
+
+def test_the_history_tells_the_cross_entropy_whatever_is_minimised():
+    def doubled(model, inputs, labels, tasks):
+        summed, logits = cross_entropy(model, inputs, labels, tasks)
+        return 2 * summed + 7, logits
+
+    config = settings(learning_rate=0)
+    assert trained(config)[1].equals(trained(config, loss=doubled)[1])
+
+
+def test_the_loss_is_told_the_task_of_every_image():
+    train = dataclasses.replace(examples(21), tasks=torch.arange(21))
+    seen = []
+
+    def noting(model, inputs, labels, tasks):
+        seen.append((inputs, tasks))
+        return cross_entropy(model, inputs, labels, tasks)
+
+    trained(settings(epochs=1), train, loss=noting)
+    assert sorted(torch.cat([tasks for _, tasks in seen]).tolist()) == list(range(21))
+    assert all(torch.equal(inputs, train.inputs[tasks]) for inputs, tasks in seen)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(precision):
+    config = settings(precision=precision)
+    assert torch.equal(trained(config)[0], trained(config)[0])
+
+
+def test_another_seed_gives_another_order_and_other_weights():
+    assert not torch.equal(trained(settings(seed=1))[0], trained(settings(seed=2))[0])
+
+
+def fit_with_drop_path(seed):
+    """Weights of a tiny BEiT that drops whole paths at random in training."""
+    model = tiny_beit(0, drop_path_rate=0.5, num_labels=CLASSES)
+    config = settings(seed=seed, epochs=1, learning_rate=1e-3, batch_size=4)
+    fit(model, pictures(8), pictures(4, seed=1), config, "test")
+    return weights(model)
+
+
+def test_what_is_dropped_in_training_follows_the_seed_alone():
+    first = fit_with_drop_path(1)
+    torch.rand(7)  # whatever ran before
+    assert torch.equal(fit_with_drop_path(1), first)
+
+
+def test_frozen_parameters_stay_and_take_no_memory_of_the_optimizer():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), head())
+    model[0].requires_grad_(False)
+    frozen, free = weights(model[0]), weights(model[1])
+    fit(model, examples(21), examples(16, seed=1), settings(weight_decay=0.1), "test")
+    assert torch.equal(weights(model[0]), frozen) and not torch.equal(weights(model[1]), free)
+    assert all(parameter.grad is None for parameter in model[0].parameters())
+
+
+def test_weight_decay_makes_weights_smaller():
+    assert trained(settings(weight_decay=1.0))[0].norm() < trained(settings())[0].norm()
+
+
+def test_groups_learn_at_their_share_of_the_rate():
+    model = head()
+    before_weight, before_bias = model.weight.detach().clone(), model.bias.detach().clone()
+    groups = [{"params": [model.weight], "lr_share": 0.0}, {"params": [model.bias], "lr_share": 1.0}]
+    fit(model, examples(21), examples(16, seed=1), settings(), "test", groups)
+    assert torch.equal(model.weight, before_weight) and not torch.equal(model.bias, before_bias)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_loss_that_is_not_finite_stops(part):
+    broken = examples(16)
+    broken.inputs[3, 0] = math.inf
+    with pytest.raises(UserError, match="loss is .*--learning_rate"):
+        trained(settings(), **{part: broken})
+
+
+def test_the_images_seen_are_counted():
+    fitted = fit(head(), examples(21), examples(16), settings(epochs=3), "test")
+    assert fitted.images == 63 and fitted.seconds > 0
+
+
+def test_a_head_on_cached_features_learns_as_through_the_frozen_backbone():
+    """Training a base model's head never needs the backbone again."""
+    config, train, validation = settings(epochs=2, learning_rate=0.01), pictures(12), pictures(6, seed=1)
+    through, cached = tiny_beit(0, num_labels=CLASSES), tiny_beit(0, num_labels=CLASSES)
+    through.beit.requires_grad_(False)
+    untrained = weights(cached.classifier)
+    fit(through, train, validation, config, "through")
+    fit(cached.classifier, features(cached, train, config), features(cached, validation, config), config, "cached")
+    assert torch.allclose(weights(through.classifier), weights(cached.classifier), atol=1e-4)
+    assert not torch.allclose(weights(cached.classifier), untrained, atol=1e-4)
+
+
+# ---- evaluate ----
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 100])
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(monkeypatch, size):
+    model, data = head(), examples(21)
+    probabilities, loss = evaluate(model, data, settings())
+    monkeypatch.setattr(training, "EVALUATION_BATCH", size)
+    others, other_loss = evaluate(model, data, settings())
+    assert np.allclose(others, probabilities, atol=1e-6) and other_loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_evaluation_gives_the_softmax_in_order_and_the_mean_loss():
+    model, data = head(), examples(21)
+    probabilities, loss = evaluate(model, data, settings())
+    with torch.no_grad():
+        logits = model(data.inputs)
+    assert np.allclose(probabilities, logits.softmax(1), atol=1e-6)
+    assert loss == pytest.approx(F.cross_entropy(logits, data.labels).item(), abs=1e-6)
+
+
+def test_evaluation_drops_nothing_and_changes_nothing():
+    model, data = tiny_beit(0, drop_path_rate=0.5, num_labels=CLASSES).train(), pictures(5)
+    before = weights(model)
+    assert np.array_equal(evaluate(model, data, settings())[0], evaluate(model.train(), data, settings())[0])
+    assert torch.equal(weights(model), before)
+
+
+def test_evaluation_is_in_fp32_even_where_training_is_in_bf16():
+    model, data = head(), examples(21)
+    exact, mixed = (evaluate(model, data, settings(precision=precision))[0] for precision in ("fp32", "bf16"))
+    assert np.array_equal(exact, mixed)
+
+
+# ---- rates ----
+
+
+@pytest.mark.parametrize("warmup, total", [(0, 10), (4, 10), (1, 2), (10, 10), (20, 10)])
+def test_the_rate_rises_to_its_peak_and_falls_towards_zero(warmup, total):
+    shares = [warmup_cosine(warmup, total)(step) for step in range(total)]
+    rising, falling = shares[:warmup], shares[warmup:]
+    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+    assert all(0 < share <= 1 for share in shares)
+    assert not falling or falling[0] == 1
+
+
+def test_the_rate_is_halfway_down_in_the_middle_and_zero_at_the_end():
+    share = warmup_cosine(4, 24)
+    assert [share(0), share(3)] == pytest.approx([0.2, 0.8])
+    assert share(14) == pytest.approx(0.5) and share(24) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
+def test_layer_decay_covers_every_parameter_once(decay):
+    model = tiny_beit(0, num_labels=CLASSES)
+    grouped = [id(parameter) for group in layer_decay_groups(model, decay) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
+def test_layer_decay_gives_each_layer_its_share(decay):
+    model = tiny_beit(0, num_labels=CLASSES)
+    groups = layer_decay_groups(model, decay)
+    share = {id(parameter): group["lr_share"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        level = next(level for prefix, level in WEIGHT_LEVELS.items() if name.startswith(f"{prefix}."))
+        assert share[id(parameter)] == pytest.approx(decay**level), name
+
+
+# ---- scores ----
+
+
+def table_of(actual, predicted, classes=("cat", "dog", "owl")):
+    """The table of predictions that are certain of these labels."""
+    return predictions_table(np.eye(len(classes))[predicted], np.array(actual), list(classes))
+
+
+def test_the_interval_is_wilsons():
+    """8 of 10: Wilson (1927) gives 0.490 to 0.943."""
+    result = scores(table_of([0] * 10, [0] * 8 + [1] * 2))
+    assert result["accuracy"] == 0.8
+    assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx((0.49016, 0.94331), abs=1e-4)
+
+
+@pytest.mark.parametrize("correct", [0, 5])
+def test_the_interval_is_not_empty_at_the_ends(correct):
+    result = scores(table_of([0] * 5, [0] * correct + [1] * (5 - correct)))
+    assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
+    assert result["accuracy_high"] - result["accuracy_low"] > 0.3
+
+
+def test_macro_f1_counts_a_class_that_is_never_predicted_as_zero():
+    """cat: 2 of 2 found, 4 said: F1 2/3; dog and owl are never said."""
+    assert scores(table_of([0, 0, 1, 2], [0, 0, 0, 0]))["macro_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+
+
+def test_macro_f1_of_perfect_predictions_is_one():
+    assert scores(table_of([0, 1, 2], [0, 1, 2]))["macro_f1"] == 1
+
+
+def test_a_confusion_matrix_has_actual_classes_in_rows_and_predicted_ones_in_columns():
+    counts = confusion(table_of([0, 0, 1, 2], [0, 1, 1, 1]), ["cat", "dog", "owl"])
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
+
+
+def test_a_table_of_predictions_tells_what_the_model_said():
+    probabilities = np.array([[0.2, 0.8], [0.9, 0.1]])
+    table = predictions_table(probabilities, np.array([1, 1]), ["cat", "dog"], {"fire": np.array([0.3, 0.4])})
+    assert table.to_dict("list") == {
+        "Image": [0, 1], "Predicted Class": ["dog", "cat"], "Actual Class": ["dog", "dog"],
+        "Probability cat": [0.2, 0.9], "Probability dog": [0.8, 0.1], "Gate fire": [0.3, 0.4],
+    }

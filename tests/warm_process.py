@@ -1,0 +1,101 @@
+"""Fixtures: scripts in processes of their own that use the local hub, forked from one that has the libraries imported."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hub import Hub, serve
+
+PROJECT = Path(__file__).parents[1]
+
+
+@dataclass
+class Outcome:
+    """How a process ended: exit status, stdout, stderr."""
+
+    status: int
+    output: str
+    errors: str
+
+
+class WarmProcess:
+    """Runs scripts with HF_ENDPOINT at `port` of this machine and HF_HOME in `folder`.
+
+    The Hub's libraries read both when they are imported, and importing takes seconds, so it is done once and each
+    script runs in a fork. This machine's own proxy, token and cache are left out.
+    """
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port, self.cache = folder, port, folder / "huggingface"
+        inherited = {key: value for key, value in os.environ.items()
+                     if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")}
+        own = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(self.cache), "PYTHONPATH": str(PROJECT)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], env={**inherited, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, script: str | Path, *arguments: object) -> Outcome:
+        """Run a script of the project, or any other by its full path."""
+        streams = [self.folder / "output", self.folder / "errors"]
+        order = [str(PROJECT / script), *map(str, arguments)], [str(path) for path in streams]
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return Outcome(int(self.process.stdout.readline()), *(path.read_text(encoding="utf-8") for path in streams))
+
+    def close(self) -> None:
+        """End the process."""
+        with self.process:  # closes its pipes and waits
+            self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def warm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
+    """The process; without the fixture `hub` beside it, nothing listens where it looks for the Hub."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = WarmProcess(tmp_path_factory.mktemp("warm_process"), port)
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def hub(warm_process: WarmProcess) -> Iterator[Hub]:
+    """A hub without repositories, where the warm process looks for it; nothing of it is cached yet."""
+    shutil.rmtree(warm_process.cache, ignore_errors=True)
+    with serve({}, warm_process.port) as running:
+        yield running
+
+
+def _run_orders() -> None:
+    """Fork for every line of stdin: run what it says and print the exit status."""
+    importlib.import_module("common.data")
+    importlib.import_module("common.models")
+    for line in sys.stdin:
+        child = multiprocessing.get_context("fork").Process(target=_run_script, args=json.loads(line))
+        child.start()
+        child.join()
+        print(child.exitcode, flush=True)
+
+
+def _run_script(argv: list[str], streams: list[str]) -> None:
+    """Run a script with its stdout and stderr in files."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    time.sleep = lambda seconds: None  # the Hub's client waits longer and longer before it tries again
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _run_orders()
