@@ -36,7 +36,7 @@ HISTORIES = {
     "CGM_Lora": ["CGM_Lora"],
 }
 MODEL_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "provenance.json"]
-LORA_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", *MODEL_FILES[2:]]
+LORA_FILES = ["adapter_config.json", "adapter_model.safetensors", *MODEL_FILES[2:]]
 MIXTURE_FILES = ["cgm_config.json", "cgm_model.safetensors", "config.json", *MODEL_FILES[2:]]
 BLOCK_LINEARS = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
 # A setting of every script that makes other results.
@@ -388,7 +388,7 @@ def test_the_same_seed_gives_the_same_images(workspace, again):
 
 
 def test_the_same_seed_gives_the_same_files(workspace, again):
-    """All but peft's model card, which names the folder, and the summary, which tells the time taken."""
+    """All but the summary, which tells the time taken."""
     first, second = hashes(workspace.results), hashes(again.results)
     differ = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     assert differ <= {"summary.csv", *(name for name in first if name.endswith("README.md"))}
