@@ -10,18 +10,19 @@ from common.training import evaluate
 
 def main(config: BenchmarkConfig) -> None:
     """Predict every test split and write predictions and confusion matrices."""
-    results = Results(config, "Benchmark", "Benchmark")
-    processor = models.load_processor(config.model)
-    tasks = [load_task(task, config, processor) for task in TASKS]
-    if results.finished(tasks):
-        return
-    rows = []
-    for data in tasks:
-        model = models.load_backbone(config.model, data.classes, config.seed)
-        probabilities, _ = evaluate(model, data.test, config)
-        rows.append(results.write_test(data, probabilities, f"Benchmark_{data.task.title}", "Pretrained, untrained head"))
-    results.link("Benchmark_Data")
-    results.finish(rows, tasks)
+    with Results(config, "Benchmark", "Benchmark") as results:
+        processor = models.load_processor(config.model)
+        tasks = [load_task(task, config, processor) for task in TASKS]
+        if results.finished(tasks):
+            return
+        rows = []
+        for data in tasks:
+            model = models.load_backbone(config.model, data.classes, config.seed)
+            probabilities, _ = evaluate(model, data.test, config)
+            name = f"Benchmark_{data.task.title}"
+            rows.append(results.write_test(data, probabilities, name, "Pretrained, untrained head"))
+        results.link("Benchmark_Data")
+        results.finish(rows)
 
 
 if __name__ == "__main__":

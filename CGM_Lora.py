@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import BeitImageProcessorPil
 
 from common import comparison, models, plotting
+from common.checkpoint import Checkpoint
 from common.config import MixtureConfig, UserError, run
 from common.data import ImageSet, TaskData, load_task, together
-from common.files import command, provenance, write_csv
+from common.files import command, write_csv
 from common.results import Results
 from common.tasks import TASKS
 from common.training import Fit, Loss, cross_entropy, evaluate, fit
@@ -17,38 +19,41 @@ from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 def main(config: MixtureConfig) -> None:
     """Train the gates on all tasks together, evaluate on each, and write the one model."""
-    results = Results(config, "CGM_Lora", "CGM_Lora")
-    processor = models.load_processor(config.model)
-    tasks = [load_task(task, config, processor) for task in TASKS]
+    with Results(config, "CGM_Lora", "CGM_Lora") as results:
+        processor = models.load_processor(config.model)
+        tasks = [load_task(task, config, processor) for task in TASKS]
+        experts = {task.key: models.fingerprint(models.lora_folder(config, task)) for task in TASKS}
+        if not results.finished(tasks, experts=experts):
+            make(config, tasks, results, processor)
+        if config.compare:
+            table = comparison.compare(
+                config, tasks, build=lambda changed: build(changed, tasks), train=lambda changed: train(changed, tasks)[0]
+            )
+            write_csv(results.folder / "CGM_Lora_Comparison.csv", table)
+            plotting.comparison(results.folder / "CGM_Lora_Comparison.png", table, results.title("One model for all tasks"))
+            print(table[["method", "task", "accuracy_mean", "accuracy_spread", "mcnemar_p"]].to_string(index=False))
+
+
+def make(config: MixtureConfig, tasks: list[TaskData], results: Results, processor: BeitImageProcessorPil) -> None:
+    """Train the mixture and write it, its predictions and its routing."""
     name = "_".join(data.task.key for data in tasks) + "_cgm_lora"
-    if not results.finished(tasks):
-        model, fitted = train(config, tasks)
-        rows, routes = [], []
-        for data in tasks:
-            probabilities, by_image, by_layer = predict(model, data.test, config)
-            rows.append(results.write_test(
-                data, probabilities, f"CGM_Lora_{data.task.title}", "Context-gated mixture", fitted,
-                models.trainable_parameters(model), gates=dict(zip(model.expert_names, by_image.T, strict=True)),
-            ))
-            by_layer.insert(0, "Task", data.task.name)
-            routes.append(by_layer)
-        results.write_history(fitted.history, "CGM_Lora", "Context-gated mixture, all tasks")
-        routing = pd.concat(routes)
-        write_csv(results.folder / "CGM_Lora_Routing.csv", routing)
-        plotting.routing(results.folder / "CGM_Lora_Routing.png", routing, results.title("Routing of the mixture"))
-        made_from = provenance(
-            data={data.task.key: data.fingerprint for data in tasks}, model=config.model,
-            classes={data.task.key: data.classes for data in tasks}, base=model.base_fingerprint(),
-        )
-        models.save(results.folder / "Models" / name, model, processor, made_from)
-        results.finish(rows, tasks)
-    if config.compare:
-        table = comparison.compare(
-            config, tasks, build=lambda settings: build(settings, tasks), train=lambda settings: train(settings, tasks)[0]
-        )
-        write_csv(results.folder / "CGM_Lora_Comparison.csv", table)
-        plotting.comparison(results.folder / "CGM_Lora_Comparison.png", table, results.title("One model for all tasks"))
-        print(table[["method", "task", "accuracy_mean", "accuracy_spread", "mcnemar_p"]].to_string(index=False))
+    model, fitted = train(config, tasks, results.checkpoint(name))
+    rows, routes = [], []
+    for data in tasks:
+        probabilities, by_image, by_layer = predict(model, data.test, config)
+        rows.append(results.write_test(
+            data, probabilities, f"CGM_Lora_{data.task.title}", "Context-gated mixture", fitted,
+            models.trainable_parameters(model), gates=dict(zip(model.expert_names, by_image.T, strict=True)),
+        ))
+        by_layer.insert(0, "Task", data.task.name)
+        routes.append(by_layer)
+    results.write_history(fitted.history, "CGM_Lora", "Context-gated mixture, all tasks")
+    routing = pd.concat(routes)
+    write_csv(results.folder / "CGM_Lora_Routing.csv", routing)
+    plotting.routing(results.folder / "CGM_Lora_Routing.png", routing, results.title("Routing of the mixture"))
+    classes = {data.task.key: data.classes for data in tasks}
+    models.save(results.folder / "Models" / name, model, processor, {**results.made_from, "classes": classes})
+    results.finish(rows)
 
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
@@ -56,9 +61,7 @@ def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
     experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
     base = models.load_backbone(config.model, tasks[0].classes, config.seed)
     for data in tasks:
-        folder = experts[data.task.key]
-        made_from = models.check_model(folder, data, "Lora_Finetune", config)
-        models.check_backbone(folder, made_from, base, "Lora_Finetune", config)
+        models.check_expert(config, data, models.backbone_fingerprint(base))
     torch.manual_seed(config.seed)
     try:
         return ContextGatedMOE.from_adapters(base, experts, config.gate_hidden)
@@ -66,12 +69,13 @@ def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
         raise UserError(f"{error}; run {command('Lora_Finetune', config)} --overwrite") from error
 
 
-def train(config: MixtureConfig, tasks: list[TaskData]) -> tuple[ContextGatedMOE, Fit]:
+def train(config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> tuple[ContextGatedMOE, Fit]:
     """The mixture with gates trained on the training images of all tasks in random order."""
     model = build(config, tasks)
     images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
     own = torch.tensor([model.expert_names.index(data.task.key) for data in tasks])
-    return model, fit(model, images, validation, config, "CGM", loss=routing_loss(own, config.routing_weight))
+    loss = routing_loss(own, config.routing_weight)
+    return model, fit(model, images, validation, config, "CGM", loss=loss, checkpoint=checkpoint)
 
 
 def routing_loss(own: Tensor, weight: float) -> Loss:

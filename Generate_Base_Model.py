@@ -5,7 +5,7 @@ from torch import nn
 from common import models
 from common.config import BaseModelConfig, run
 from common.data import load_task
-from common.files import provenance, write_csv
+from common.files import write_csv
 from common.metrics import predictions_table
 from common.results import Results
 from common.tasks import TASKS
@@ -14,25 +14,26 @@ from common.training import evaluate, features, fit
 
 def main(config: BaseModelConfig) -> None:
     """Train the heads and write the base models, where LoRA and the mixture start."""
-    results = Results(config, "Base_Models", "Generate_Base_Model")
-    processor = models.load_processor(config.model)
-    tasks = [load_task(task, config, processor) for task in TASKS]
-    if results.finished(tasks):
-        return
-    rows = []
-    for data in tasks:
-        model = models.load_backbone(config.model, data.classes, config.seed)
-        head: nn.Linear = model.classifier
-        train, validation, test = (features(model, part, config) for part in (data.train, data.validation, data.test))
-        fitted = fit(head, train, validation, config, f"base {data.task.key}")
-        probabilities, _ = evaluate(head, test, config)
+    with Results(config, "Base_Models", "Generate_Base_Model") as results:
+        processor = models.load_processor(config.model)
+        tasks = [load_task(task, config, processor) for task in TASKS]
+        if results.finished(tasks):
+            return
+        rows = []
+        for data in tasks:
+            name = f"{data.task.key}_base"
+            checkpoint = results.checkpoint(name)
+            model = models.load_backbone(config.model, data.classes, config.seed)
+            head: nn.Linear = model.classifier
+            train, validation, test = (features(model, part, config) for part in (data.train, data.validation, data.test))
+            fitted = fit(head, train, validation, config, f"base {data.task.key}", checkpoint=checkpoint)
+            probabilities, _ = evaluate(head, test, config)
 
-        table = predictions_table(probabilities, data.test.labels.numpy(), data.classes)
-        rows.append(results.row(data, table, fitted, models.trainable_parameters(head)))
-        made_from = provenance(data=data.fingerprint, backbone=models.backbone_fingerprint(model), model=config.model)
-        models.save(models.base_folder(config, data.task), model, processor, made_from)
-        write_csv(results.folder / f"{data.task.key}_base_History.csv", fitted.history)
-    results.finish(rows, tasks)
+            table = predictions_table(probabilities, data.test.labels.numpy(), data.classes)
+            rows.append(results.row(data, table, fitted, models.trainable_parameters(head)))
+            models.save(models.base_folder(config, data.task), model, processor, results.made_from_for(data))
+            write_csv(results.folder / f"{name}_History.csv", fitted.history)
+        results.finish(rows)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,24 @@ from common.training import evaluate, fit
 
 def main(config: LoraConfig) -> None:
     """Train, evaluate and write one LoRA expert per task."""
-    results = Results(config, "Lora_Finetune", "Lora_Finetune")
-    processor = models.load_processor(config.model)
-    tasks = [load_task(task, config, processor) for task in TASKS]
-    if results.finished(tasks):
-        return
-    rows = []
-    for data in tasks:
-        base, made_from = models.load_base(config, data)
-        model = models.add_lora(base, config.lora_rank, config.lora_alpha, config.seed)
-        fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}")
-        probabilities, _ = evaluate(model, data.test, config)
+    with Results(config, "Lora_Finetune", "Lora_Finetune") as results:
+        processor = models.load_processor(config.model)
+        tasks = [load_task(task, config, processor) for task in TASKS]
+        if results.finished(tasks, base={task.key: models.fingerprint(models.base_folder(config, task)) for task in TASKS}):
+            return
+        rows = []
+        for data in tasks:
+            folder = models.lora_folder(config, data.task)
+            model = models.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
+            fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}",
+                         checkpoint=results.checkpoint(folder.name))
+            probabilities, _ = evaluate(model, data.test, config)
 
-        name = f"Lora_{data.task.title}"
-        rows.append(results.write_test(data, probabilities, name, "LoRA", fitted, models.trainable_parameters(model)))
-        results.write_history(fitted.history, name, f"LoRA, {data.task.name}")
-        models.save(models.lora_folder(config, data.task), model, processor, made_from)
-    results.finish(rows, tasks)
+            name, trained = f"Lora_{data.task.title}", models.trainable_parameters(model)
+            rows.append(results.write_test(data, probabilities, name, "LoRA", fitted, trained))
+            results.write_history(fitted.history, name, f"LoRA, {data.task.name}")
+            models.save(folder, model, processor, results.made_from_for(data))
+        results.finish(rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class RunFlags:
     lowest: ClassVar[dict[str, float]] = {
         "seed": 0, "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0,
         "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "routing_weight": 0,
-        "seeds": 1,
+        "seeds": 1, "checkpoint_every_steps": 0,
     }
 
 
@@ -77,6 +78,9 @@ class TrainingFlags(HardwareFlags):
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW; 0 is plain Adam")
     warmup_epochs: float = option(1.0, "epochs of linear warm-up")
     augment: bool = option(False, "mirror training images at random and shift them by up to an eighth; not for base models")
+    checkpoint_every_steps: int = option(
+        0, "optimizer steps between checkpoints, from which the same command goes on; 0 is one at the end of every epoch"
+    )
 
 
 @dataclass
@@ -249,17 +253,21 @@ def _demo_defaults(config_class: type[Config]) -> dict[str, Any]:
 
 def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     """Run a script's `main` with its command line; what the user can mend becomes one line and exit status 2."""
-    script = Path(sys.argv[0]).name
+    script, again = Path(sys.argv[0]).name, "the same command"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        main(parse(config_class, description=sys.modules["__main__"].__doc__))
+        config = parse(config_class, description=sys.modules["__main__"].__doc__)
+        if config.overwrite:
+            again += " without --overwrite"
+        main(config)
     except UserError as error:
         reason = str(error)
     except OSError as error:  # no space, no permission, a file that went away
         reason = f"{error.filename or 'input/output'}: {error.strerror or error}"
     except SafetensorError as error:  # no space again: safetensors has its own name for it
         reason = str(error)
-    except KeyboardInterrupt:
-        sys.exit(f"{script}: interrupted; finished results are whole, run the same command to go on")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(f"{script}: interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on")
     else:
         sys.exit(0)
     print(f"{script}: {' '.join(reason.split())}", file=sys.stderr)

@@ -1,5 +1,7 @@
-"""Files that are whole or not there at all: atomic writing, JSON, CSV and what a result was made from."""
+"""Files that are whole or not there at all: atomic writing, locks, JSON, CSV and the state of whole folders."""
 
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,34 +10,102 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from common.config import RunFlags, UserError
 
 PROVENANCE_FILE = "provenance.json"
+LOCK_FILE = ".lock"
 PACKAGES = ("datasets", "peft", "torch", "transformers")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, for a file or a folder; move it into place if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path beside `path`, for a file or a folder; move it into place if the block succeeds.
+
+    Raises UserError, naming `path`, if the disk does not take it; what was there before is then still there.
+    """
     part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-    _remove(part)
     try:
-        yield part
-        if path.is_dir() and not path.is_symlink():  # a full folder cannot be replaced in one step
-            _remove(old)
-            os.replace(path, old)
-        os.replace(part, path)
-        _remove(old)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        remove(part)
+        try:
+            yield part
+            if path.is_dir() and not path.is_symlink():  # a full folder cannot be replaced in one step
+                remove(old)
+                os.replace(path, old)
+            os.replace(part, path)
+            remove(old)
+        finally:
+            recover(path)
+            remove(part)
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written ({reason}); what was there before is untouched: make room or choose "
+                        "another --root, then run the same command again") from error
+
+
+def recover(path: Path) -> Path:
+    """Put the folder `path` back if its replacement was cut short after it had been moved aside; return `path`."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not os.path.lexists(path):
+        os.replace(old, path)
+    return path
+
+
+def tidy(path: Path) -> None:
+    """Undo what a killed run left half-way of one file or folder; only for who holds a lock on it."""
+    old = recover(path).with_name(f".{path.name}.old")
+    remove(old)
+    remove(path.with_name(f".{path.name}.part"))
+
+
+def sweep(folder: Path) -> None:
+    """Undo, in a folder and all below it, what a killed run left half-way; only for who holds the folder's lock."""
+    for old in list(folder.rglob(".*.old")):
+        recover(old.with_name(old.name[1:].removesuffix(".old")))
+        remove(old)
+    for part in list(folder.rglob(".*.part")):
+        remove(part)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if need be. The lock dies with the process, however it ends.
+
+    Raises UserError if another process holds it, unless `wait`. Where no lock can be had, as on a file system that has
+    none or cannot be written to, it goes on without.
+    """
+    path, held = folder / LOCK_FILE, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while held is None or not _is_at(path, held):  # who held it before may have deleted it meanwhile
+            held = path.open("w")
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise UserError(f"another run is at work in {folder}; wait until it has ended, or choose another --root") from error
+    except OSError:
+        held = None
+    try:
+        yield
     finally:
-        _remove(part)
+        if held is not None:
+            path.unlink(missing_ok=True)
+            held.close()
 
 
-def _remove(path: Path) -> None:
+def _is_at(path: Path, file: IO[str]) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -52,7 +122,7 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     """Read a JSON object that this project wrote. Raises UserError, ending with `mend`, if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read; {mend}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged; {mend}")
@@ -65,9 +135,37 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(part, index=False, float_format="%.6f", lineterminator="\n", encoding="utf-8")
 
 
-def provenance(**made_from: Any) -> dict[str, Any]:
-    """What a model was made from: the given fingerprints and names, and the versions of the packages that matter."""
-    return {**made_from, "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
+def versions() -> dict[str, str]:
+    """The versions of the packages that results depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Path -> SHA-256 of every file below a folder but the provenance, which holds these."""
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE_FILE):
+        with path.open("rb") as file:
+            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def tensor_fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes, in the order of the names."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs between two records, nested ones too, as "key = old, not new", in the order of `wanted`."""
+    for key in {**wanted, **there}:
+        old, new = there.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} = {old}, not {new}"
 
 
 def command(script: str, config: RunFlags) -> str:

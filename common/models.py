@@ -1,6 +1,7 @@
 """Backbones, heads and LoRA: building, loading and saving in the Hugging Face layouts."""
 
 import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from huggingface_hub.errors import HTTPError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, BeitConfig, BeitForImageClassification, BeitImageProcessorPil, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from common.config import RunFlags, UserError
 from common.data import TaskData
-from common.files import PROVENANCE_FILE, command, read_json, write_json, writing
+from common.files import (
+    PROVENANCE_FILE, command, differences, file_hashes, read_json, recover, tensor_fingerprint, write_json, writing,
+)
 from common.tasks import Task
 
 HEAD = "classifier"
@@ -74,7 +78,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftMo
     config = PeftLoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=[HEAD])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    config.target_modules = LORA_TARGETS  # peft has made a set of them, which each process would write in another order
+    return adapted
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -84,11 +90,16 @@ def trainable_parameters(model: nn.Module) -> int:
 
 def backbone_fingerprint(model: BeitForImageClassification) -> str:
     """SHA-256 of the backbone's weights, without the head."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.beit.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensor_fingerprint(model.beit.state_dict())
+
+
+def fingerprint(folder: Path) -> str | None:
+    """SHA-256 of a saved model, None if there is none or its provenance cannot be read."""
+    try:
+        files = read_json(recover(folder) / PROVENANCE_FILE, "")["files"]
+    except (UserError, KeyError):
+        return None
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def base_folder(config: RunFlags, task: Task) -> Path:
@@ -101,14 +112,14 @@ def lora_folder(config: RunFlags, task: Task) -> Path:
     return Path(config.root) / "Results" / "Lora_Finetune" / "Models" / f"{task.key}_lora_finetune"
 
 
-def check_model(folder: Path, data: TaskData, script: str, config: RunFlags) -> dict[str, Any]:
-    """Return what the model in `folder` was made from.
+def check_model(folder: Path, data: TaskData, script: str, config: RunFlags, backbone: str) -> dict[str, Any]:
+    """Return what the model in `folder` was made from. backbone: fingerprint of the weights of `config.model`.
 
-    Raises UserError, with the command that mends it, if the model is missing, or was made from other images or from
-    another backbone than `config.model`.
+    Raises UserError, with the command that mends it, if the model is missing or damaged, or was made from other images
+    or on another backbone.
     """
     mend = f"run {command(script, config)}"
-    if not (folder / PROVENANCE_FILE).exists():
+    if not (recover(folder) / PROVENANCE_FILE).exists():
         raise UserError(f"there is no model in {folder}; {mend}")
     made_from = read_json(folder / PROVENANCE_FILE, f"{mend} --overwrite")
     if made_from.get("data") != data.fingerprint:
@@ -116,32 +127,36 @@ def check_model(folder: Path, data: TaskData, script: str, config: RunFlags) -> 
     if made_from.get("model") != config.model:
         raise UserError(f"{folder} was made from {made_from.get('model')}, not {config.model}; {mend} --overwrite, or give "
                         f"--model {made_from.get('model')}")
+    if made_from.get("backbone") != backbone:
+        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; {mend} --overwrite")
+    for damage in differences({"files": made_from.get("files")}, {"files": file_hashes(folder)}):
+        raise UserError(f"{folder} was changed or damaged ({damage.partition(' = ')[0]}); {mend} --overwrite")
     return made_from
 
 
-def load_base(config: RunFlags, data: TaskData) -> tuple[BeitForImageClassification, dict[str, Any]]:
-    """A task's base model and what it was made from. Raises UserError if it is missing, damaged or does not fit.
+def load_base(config: RunFlags, data: TaskData) -> BeitForImageClassification:
+    """A task's base model: the backbone as it is now, with the head that was trained on it.
 
-    It goes by the name of its backbone: an adapter that has its own head fits the published backbone just as well,
-    and stays loadable when Results/ is moved.
+    Raises UserError if the base model is missing, damaged or does not fit the images or the backbone. It goes by the name
+    of its backbone: an adapter that has its own head fits the published backbone just as well, and stays loadable when
+    Results/ is moved.
     """
+    model = load_backbone(config.model, data.classes, config.seed)
     folder = base_folder(config, data.task)
-    made_from = check_model(folder, data, "Generate_Base_Model", config)
-    try:
-        model = BeitForImageClassification.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged; run {command('Generate_Base_Model', config)} --overwrite") from error
-    check_backbone(folder, made_from, model, "Generate_Base_Model", config)
-    model.name_or_path = config.model
-    return model, made_from
+    check_model(folder, data, "Generate_Base_Model", config, backbone_fingerprint(model))
+    head = {key.removeprefix(f"{HEAD}."): tensor for key, tensor in load_file(folder / SAFE_WEIGHTS_NAME).items()
+            if key.startswith(f"{HEAD}.")}
+    model.classifier.load_state_dict(head)
+    return model
 
 
-def check_backbone(folder: Path, made_from: dict[str, Any], model: BeitForImageClassification, script: str,
-                   config: RunFlags) -> None:
-    """Raise UserError unless the model in `folder` was made on the very backbone weights of `model`."""
-    if made_from.get("backbone") != backbone_fingerprint(model):
-        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; "
-                        f"run {command(script, config)} --overwrite")
+def check_expert(config: RunFlags, data: TaskData, backbone: str) -> None:
+    """Raise UserError unless a task's LoRA expert fits the images, the backbone of this fingerprint and the base model."""
+    folder, base = lora_folder(config, data.task), base_folder(config, data.task)
+    made_from = check_model(folder, data, "Lora_Finetune", config, backbone)
+    if fingerprint(base) not in (None, made_from.get("base")):
+        raise UserError(f"{folder} was made from another base model than {base} is now; "
+                        f"run {command('Lora_Finetune', config)} --overwrite")
 
 
 def save(folder: Path, model: Any, processor: BeitImageProcessorPil, made_from: dict[str, Any]) -> None:
@@ -151,4 +166,4 @@ def save(folder: Path, model: Any, processor: BeitImageProcessorPil, made_from: 
         model.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's empty model card, with a path of this machine
         processor.save_pretrained(part)
-        write_json(part / PROVENANCE_FILE, made_from)
+        write_json(part / PROVENANCE_FILE, {**made_from, "files": file_hashes(part)})

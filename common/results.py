@@ -2,64 +2,97 @@
 
 import dataclasses
 import os
+import resource
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from common import plotting
+from common import models, plotting
+from common.checkpoint import Checkpoint
 from common.config import RunFlags, UserError
 from common.data import TaskData
-from common.files import read_json, write_csv, write_json, writing
+from common.files import differences, locked, read_json, remove, sweep, versions, write_csv, write_json, writing
 from common.metrics import predictions_table, scores
 from common.training import Fit
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.csv"
+CHECKPOINTS = "Checkpoints"
 # Settings that say where and how to run: results made with other values of these are the same results.
-NOT_COMPARED = {"root", "overwrite", "device", "compare", "seeds"}
+NOT_COMPARED = {"root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps"}
 
 
 class Results:
     """The folder of one script's results, `<root>/Results/<name>`, and its rows in the summary.
 
-    config.json is written last: a folder that has one is complete.
+    Used in a `with` statement, to whose end it keeps other runs out of the folder. config.json is written last: a folder
+    that has one is complete.
     """
 
     def __init__(self, config: RunFlags, name: str, script: str):
         self.config, self.name, self.script = config, name, script
         self.top = Path(config.root) / "Results"
         self.folder = self.top / name
+        self.made_from: dict[str, Any] = {}
+        self._held = ExitStack()
 
-    def finished(self, tasks: list[TaskData]) -> bool:
-        """True if the same results, of the same settings and data, are there already; prints them.
+    def __enter__(self) -> "Results":
+        return self
 
-        Raises UserError, naming the difference, if there are finished results of other settings or data and
-        `--overwrite` was not given.
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+    def finished(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> bool:
+        """True if the same results, of the same settings, data, backbone and models, are there already; prints them.
+
+        starts: kind -> task key -> fingerprint of the model that the script starts from, None if there is none: then
+        finished results cannot tell whether they are of the same one, and stay. Raises UserError if another run is at work
+        in the folder, or, naming the difference, if it holds finished results of something else and `--overwrite` was
+        not given.
         """
         path, summary = self.folder / CONFIG_FILE, self.top / SUMMARY_FILE
         if summary.exists():
             _read_summary(summary)  # a damaged one is to be known before the work, not after it
+        self.made_from = self._made_from(tasks, starts)
+        self._held.enter_context(locked(self.folder))
+        sweep(self.folder)
         if self.config.overwrite:
             path.unlink(missing_ok=True)
+            remove(self.folder / CHECKPOINTS)
         if not path.exists():
             return False
         mend = "add --overwrite to make them anew, or choose another --root"
-        there, wanted = read_json(path, mend), self._record(tasks)
-        for key in sorted({*there, *wanted}):
-            if there.get(key) != wanted.get(key):
-                raise UserError(
-                    f"{self.folder} holds finished results with {key} = {there.get(key)}, not {wanted.get(key)}; {mend}"
-                )
+        there = read_json(path, mend)
+        unknown = {kind: there.get(kind) for kind, by_task in starts.items() if None in by_task.values()}
+        wanted = {**self.made_from, "packages": there.get("packages"), **unknown}
+        for difference in differences(there, wanted):
+            raise UserError(f"{self.folder} holds finished results with {difference}; {mend}")
+        remove(self.folder / CHECKPOINTS)
         self._print()
+        for difference in differences({"packages": there.get("packages")}, {"packages": versions()}):
+            print(f"They were made with {difference}")
         print(f"{self.name} is finished already; --overwrite makes it anew")
         return True
 
-    def _record(self, tasks: list[TaskData]) -> dict[str, Any]:
-        """The resolved settings and the fingerprints of the data."""
+    def _made_from(self, tasks: list[TaskData], starts: dict[str, dict[str, str | None]]) -> dict[str, Any]:
+        """All that the results depend on: settings, fingerprints of data, backbone and models, versions of packages."""
         settings = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in NOT_COMPARED}
-        return {"script": self.script, **settings, "data": {data.task.key: data.fingerprint for data in tasks}}
+        backbone = models.backbone_fingerprint(models.load_backbone(self.config.model, tasks[0].classes, self.config.seed))
+        return {"script": self.script, **settings, "data": {data.task.key: data.fingerprint for data in tasks},
+                "backbone": backbone, **starts, "packages": versions()}
+
+    def made_from_for(self, data: TaskData) -> dict[str, Any]:
+        """What the model of one task is made from."""
+        return {key: value[data.task.key] if key in ("data", "base") else value for key, value in self.made_from.items()}
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The checkpoint of one of the script's trainings. Raises UserError if it is damaged or of other results."""
+        return Checkpoint(self.folder / CHECKPOINTS / f"{name}.safetensors", self.made_from)
 
     def title(self, text: str) -> str:
         """The title of a plot; those made from generated images say so."""
@@ -89,7 +122,7 @@ class Results:
         return {
             "method": self.name, "task": data.task.title, **scores(table), "trainable_parameters": trainable,
             "seconds": fitted.seconds if fitted else 0.0,
-            "images_per_second": fitted.images / fitted.seconds if fitted else 0.0,
+            "images_per_second": fitted.images / fitted.seconds if fitted else 0.0, "peak_memory_mib": peak_memory(),
         }
 
     def link(self, name: str) -> None:
@@ -101,15 +134,17 @@ class Results:
             with writing(other) as part:
                 part.symlink_to(self.name, target_is_directory=True)
 
-    def finish(self, rows: list[dict[str, Any]], tasks: list[TaskData]) -> None:
+    def finish(self, rows: list[dict[str, Any]]) -> None:
         """Put this script's rows into the summary, mark the results as finished and print them."""
         path = self.top / SUMMARY_FILE
         table = pd.DataFrame(rows)
-        if path.exists():
-            old = _read_summary(path)
-            table = pd.concat([old[old["method"] != self.name], table])
-        write_csv(path, table)
-        write_json(self.folder / CONFIG_FILE, self._record(tasks))
+        with locked(self.top, wait=True):  # another script may be at its end too
+            if path.exists():
+                old = _read_summary(path)
+                table = pd.concat([old[old["method"] != self.name], table])
+            write_csv(path, table)
+        write_json(self.folder / CONFIG_FILE, self.made_from)
+        remove(self.folder / CHECKPOINTS)
         self._print()
 
     def _print(self) -> None:
@@ -120,6 +155,14 @@ class Results:
             raise UserError(f"{path} has no rows of {self.name}; add --overwrite to make these results anew")
         print(_as_text(rows))
         print(f"Results are in {self.folder}")
+
+
+def peak_memory() -> float:
+    """The most memory in MiB that this process has held so far: a GPU's if it has used one, else all of its own."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
 def _read_summary(path: Path) -> pd.DataFrame:
@@ -144,6 +187,7 @@ def _as_text(table: pd.DataFrame) -> str:
         "trained parameters": [f"{count:,}" for count in table["trainable_parameters"]],
         "seconds": [f"{seconds:.1f}" for seconds in table["seconds"]],
         "images/s": [f"{speed:.0f}" for speed in table["images_per_second"]],
+        "peak MiB": [f"{peak:.0f}" for peak in table["peak_memory_mib"]],
     }).to_string(index=False)
 
 

@@ -1,11 +1,13 @@
 """The one training loop and the one evaluation that every script uses."""
 
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.checkpoint import Checkpoint
 from common.config import HardwareFlags, TrainingFlags, UserError
 from common.data import ImageSet, batches
 
@@ -66,101 +69,235 @@ def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextMana
     return nullcontext()
 
 
+@dataclass
+class _Training:
+    """A training between two of its steps: all that a checkpoint holds.
+
+    epoch: the one under way, from 1; step: how many of its steps are done; total_loss, correct: sums over their images;
+    generator: of the order and the augmentation of an epoch; best, lowest: weights and loss of the best epoch so far.
+    """
+
+    name: str
+    config: TrainingFlags
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    images: int
+    total_loss: Tensor
+    correct: Tensor
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    epoch: int = 1
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    lowest: float = math.inf
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def __str__(self) -> str:
+        return f"{self.name}, epoch {self.epoch}/{self.config.epochs}, step {self.step}/{self.steps}"
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(self.images / (self.config.batch_size * self.config.accumulation_steps))
+
+    @property
+    def done(self) -> bool:
+        """True after the last epoch."""
+        return self.epoch > self.config.epochs
+
+    def spent(self) -> float:
+        """Seconds of this training, those before an interruption too."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def order(self) -> Tensor:
+        """The order (N,) of the images in this epoch; at the start of one, the generator then stands behind it."""
+        generator = self.generator if self.step == 0 else torch.Generator()
+        return torch.randperm(self.images, generator=generator.manual_seed(self.config.seed * 100_003 + self.epoch))
+
+    def begin_step(self) -> None:
+        """Set the learning rates and the seed of what a model drops at random."""
+        epochs, number = self.config.epochs, (self.epoch - 1) * self.steps + self.step
+        share = warmup_cosine(round(self.config.warmup_epochs * self.steps), epochs * self.steps)(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * group["lr_share"] * share
+        seeds = np.random.SeedSequence([self.config.seed, self.epoch, self.step])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+
+    def end_epoch(self, validation_loss: float, validation_accuracy: float) -> None:
+        """Note the scores and, if this is the best epoch so far, the weights."""
+        self.rows.append({
+            "epoch": self.epoch, "training_loss": self.total_loss.item() / self.images, "validation_loss": validation_loss,
+            "training_accuracy": self.correct.item() / self.images, "validation_accuracy": validation_accuracy,
+        })
+        if validation_loss < self.lowest:
+            self.lowest = validation_loss
+            self.best = {key: parameter.detach().clone() for key, parameter in self.trainable.items()}
+        self.total_loss.zero_()
+        self.correct.zero_()
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write everything; once the training is done, what came of it is enough."""
+        tensors = {f"best.{key}": tensor for key, tensor in self.best.items()}
+        if not self.done:
+            tensors |= {f"weights.{key}": parameter for key, parameter in self.trainable.items()}
+            tensors |= {f"optimizer.{index}.{key}": tensor for index, state in self.optimizer.state_dict()["state"].items()
+                        for key, tensor in state.items()}
+            tensors |= {"generator": self.generator.get_state(), "total_loss": self.total_loss, "correct": self.correct}
+        progress = {name: getattr(self, name) for name in ("epoch", "step", "rows", "lowest")}
+        checkpoint.save(tensors, {**progress, "seconds": self.spent()})
+
+    @torch.no_grad()
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take over everything that a checkpoint holds."""
+        for name, value in checkpoint.progress.items():
+            setattr(self, name, value)
+        best = checkpoint.under("best")
+        self.best = {key: best[key].to(parameter.device) for key, parameter in self.trainable.items() if key in best}
+        if self.done:
+            return
+        for key, tensor in checkpoint.under("weights").items():
+            self.trainable[key].copy_(tensor)
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in checkpoint.under("optimizer").items():
+            index, _, name = key.partition(".")
+            states.setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        self.generator.set_state(checkpoint.tensors["generator"])
+        self.total_loss.copy_(checkpoint.tensors["total_loss"])
+        self.correct.copy_(checkpoint.tensors["correct"])
+
+
 def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: TrainingFlags, name: str,
-        groups: list[dict] | None = None, loss: Loss = cross_entropy) -> Fit:
+        groups: list[dict] | None = None, loss: Loss = cross_entropy, checkpoint: Checkpoint | None = None) -> Fit:
     """Train what is trainable in `model`; leave it with the weights of the epoch of lowest validation loss.
 
     groups: AdamW parameter groups, each with a `lr_share` of the learning rate; by default all trainable
     parameters. loss: sums what is minimised over a batch; the history always tells the cross-entropy. Batches are
     accumulated into steps whose loss is the mean over the step's images, whatever the batch size. Raises UserError if
     the loss is not finite.
+
+    checkpoint: where the training is kept, and from where it goes on if there is something. On a CPU the result is then,
+    bit for bit, that of a training that was never interrupted. With it, Ctrl-C and SIGTERM wait for the step under way,
+    save and raise KeyboardInterrupt, which says where.
     """
     device = device_of(config)
     model.to(device)
     train, validation = train.to(device), validation.to(device)
     trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     groups = groups or [{"params": list(trainable.values()), "lr_share": 1.0}]
-    optimizer = torch.optim.AdamW(
-        [{**group, "lr": config.learning_rate * group["lr_share"]} for group in groups],
-        betas=(0.9, 0.999), weight_decay=config.weight_decay,
-    )
-    step_size = config.batch_size * config.accumulation_steps
-    steps = math.ceil(len(train) / step_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, warmup_cosine(round(config.warmup_epochs * steps), config.epochs * steps)
-    )
-    rows, best, lowest = [], {}, math.inf
-    started = time.perf_counter()
-    for epoch in range(1, config.epochs + 1):
-        torch.manual_seed(config.seed * 100_003 + epoch)  # order, augmentation and dropout of an epoch
-        order = torch.randperm(len(train)).to(device)
-        training_loss, training_accuracy = _train_epoch(
-            model, train, order, optimizer, schedule, config, loss, f"{name} {epoch}/{config.epochs}", device
-        )
-        probabilities, validation_loss = evaluate(model, validation, config)
-        _check_finite(validation_loss, f"{name} epoch {epoch}, validation", config)
-        accuracy = float((probabilities.argmax(1) == validation.labels.cpu().numpy()).mean())
-        rows.append({"epoch": epoch, "training_loss": training_loss, "validation_loss": validation_loss,
-                     "training_accuracy": training_accuracy, "validation_accuracy": accuracy})
-        if not sys.stderr.isatty():
-            print(f"{name} epoch {epoch}/{config.epochs}: loss {training_loss:.3f}, validation loss {validation_loss:.3f}, "
-                  f"validation accuracy {accuracy:.3f}", flush=True)
-        if validation_loss < lowest:
-            lowest, best = validation_loss, {key: parameter.detach().clone() for key, parameter in trainable.items()}
-    seconds = time.perf_counter() - started
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    training = _Training(name, config, trainable, optimizer, len(train), total_loss=torch.zeros((), device=device),
+                         correct=torch.zeros((), dtype=torch.int64, device=device))
+    if checkpoint is not None and checkpoint.progress is not None:
+        training.resume(checkpoint)
+        print(f"{name}: trained already" if training.done else f"going on: {training}", flush=True)
+    try:
+        with stopping(checkpoint is not None) as stop_if_asked:
+            while not training.done:
+                _train_epoch(model, train, training, loss, checkpoint, stop_if_asked)
+                probabilities, validation_loss = evaluate(model, validation, config, after_batch=stop_if_asked)
+                _check_finite(validation_loss, f"{training}, validation", config)
+                accuracy = float((probabilities.argmax(1) == validation.labels.cpu().numpy()).mean())
+                training.end_epoch(validation_loss, accuracy)
+                if not sys.stderr.isatty():
+                    row = training.rows[-1]
+                    print(f"{name} epoch {row['epoch']}/{config.epochs}: loss {row['training_loss']:.3f}, validation loss "
+                          f"{validation_loss:.3f}, validation accuracy {accuracy:.3f}", flush=True)
+                if checkpoint is not None and (training.done or not config.checkpoint_every_steps):
+                    training.save(checkpoint)
+    except KeyboardInterrupt:
+        if checkpoint is None:
+            raise
+        training.save(checkpoint)
+        raise KeyboardInterrupt(f"saved: {training}") from None
+    except NotFiniteError:
+        if checkpoint is not None:  # there is nothing to go on with
+            checkpoint.delete()
+        raise
     with torch.no_grad():
         for key, parameter in trainable.items():
-            parameter.copy_(best[key])
-    history = pd.DataFrame(rows)
+            parameter.copy_(training.best[key])
+    history = pd.DataFrame(training.rows)
     history["chosen"] = (history.index == history["validation_loss"].idxmin()).astype(int)
-    return Fit(history, seconds, len(train) * config.epochs)
+    return Fit(history, training.spent(), len(train) * config.epochs)
 
 
-def _train_epoch(model: nn.Module, train: ImageSet, order: Tensor, optimizer: torch.optim.Optimizer,
-                 schedule: torch.optim.lr_scheduler.LRScheduler, config: TrainingFlags, loss: Loss, name: str,
-                 device: torch.device) -> tuple[float, float]:
-    """One pass in the given order (N,). Returns cross-entropy and accuracy, sums over images divided by their number."""
+def _train_epoch(model: nn.Module, train: ImageSet, training: _Training, loss: Loss, checkpoint: Checkpoint | None,
+                 stop_if_asked: Callable[[], None]) -> None:
+    """The remaining steps of an epoch. Cross-entropy and correct predictions are added up in `training`."""
+    config, device = training.config, train.labels.device
     model.train()
-    total_loss = torch.zeros((), device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    with tqdm(total=len(order), desc=name, unit="img", leave=False, disable=None) as bar:
-        for step in order.split(config.batch_size * config.accumulation_steps):
+    order, size = training.order().to(device), config.batch_size * config.accumulation_steps
+    with tqdm(total=len(order), initial=training.step * size, desc=f"{training.name} {training.epoch}/{config.epochs}",
+              unit="img", leave=False, disable=None) as bar:
+        for step in order.split(size)[training.step:]:
+            training.begin_step()
             step_loss = torch.zeros((), device=device)
             for rows in step.split(config.batch_size):
                 inputs, tasks = train.batch(rows), None if train.tasks is None else train.tasks[rows]
                 if config.augment and inputs.ndim == 4:
-                    inputs = flip_and_shift(inputs)
+                    inputs = flip_and_shift(inputs, training.generator)
                 with autocast(config, device):
                     summed, logits = loss(model, inputs, train.labels[rows], tasks)
                 (summed / len(step)).backward()
                 step_loss += summed.detach()
-                total_loss += F.cross_entropy(logits.detach(), train.labels[rows], reduction="sum")
-                correct += (logits.argmax(1) == train.labels[rows]).sum()
+                training.total_loss += F.cross_entropy(logits.detach(), train.labels[rows], reduction="sum")
+                training.correct += (logits.argmax(1) == train.labels[rows]).sum()
             mean = step_loss.item() / len(step)
-            _check_finite(mean, name, config)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            _check_finite(mean, str(training), config)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            training.step += 1
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             bar.update(len(step))
-    return total_loss.item() / len(order), correct.item() / len(order)
+            every = config.checkpoint_every_steps
+            if checkpoint is not None and every and ((training.epoch - 1) * training.steps + training.step) % every == 0:
+                training.save(checkpoint)
+            stop_if_asked()
 
 
-def flip_and_shift(images: Tensor) -> Tensor:
+@contextmanager
+def stopping(wait: bool) -> Iterator[Callable[[], None]]:
+    """With `wait`, Ctrl-C and SIGTERM have no effect in the block but that the yielded function raises KeyboardInterrupt."""
+    asked: list[int] = []
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {}
+    if wait and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, _: asked.append(number))
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images (B, C, S, S) and shift each by up to an eighth of its size, edges repeated."""
     batch, _, height, width = images.shape
     reach = height // 8
-    mirrored = torch.where(torch.rand(batch, 1, 1, 1).to(images.device) < 0.5, images.flip(3), images)
+    mirrored = torch.where(torch.rand(batch, 1, 1, 1, generator=generator).to(images.device) < 0.5, images.flip(3), images)
     padded = F.pad(mirrored, [reach] * 4, mode="replicate")
-    down, right = torch.randint(2 * reach + 1, (2, batch, 1)).to(images.device)
+    down, right = torch.randint(2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
     rows, columns = down + torch.arange(height, device=images.device), right + torch.arange(width, device=images.device)
     image = torch.arange(batch, device=images.device)[:, None, None]
     return padded.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
 
 
+class NotFiniteError(UserError):
+    """A loss that is infinite or not a number."""
+
+
 def _check_finite(loss: float, where: str, config: TrainingFlags) -> None:
     if not math.isfinite(loss):
-        raise UserError(f"{where}: the loss is {loss}; lower --learning_rate (now {config.learning_rate}) or use --precision fp32")
+        raise NotFiniteError(f"{where}: the loss is {loss}; lower --learning_rate (now {config.learning_rate}) or use "
+                             "--precision fp32")
 
 
 @torch.no_grad()

@@ -241,7 +241,7 @@ def test_a_folder_in_the_place_of_the_link_is_not_deleted(monkeypatch, capsys, u
 def test_finished_results_of_other_images_are_refused(refuse, mutable, other_images, script):
     exchange_images(mutable, other_images)
     line = refuse(mutable, script)
-    assert "data = " in line and "--overwrite" in line
+    assert "data.fire = " in line and "--overwrite" in line
 
 
 def test_base_models_of_other_images_are_refused(refuse, unfinished, other_images):

@@ -199,7 +199,8 @@ def test_the_routing_table_has_every_gated_layer_of_every_task(workspace):
 def test_the_summary_has_a_row_for_every_method_and_task(workspace):
     summary = workspace.summary()
     assert list(summary) == ["method", "task", "accuracy", "accuracy_low", "accuracy_high", "macro_f1",
-                             "trainable_parameters", "seconds", "images_per_second"]
+                             "trainable_parameters", "seconds", "images_per_second", "peak_memory_mib"]
+    assert (summary["peak_memory_mib"] > 0).all()
     assert list(zip(summary["method"], summary["task"], strict=True)) == EVERY_ROW
 
 
@@ -328,7 +329,7 @@ def test_a_base_model_has_the_pretrained_backbone_bit_for_bit(workspace, key):
 
 def test_lora_training_moves_adapters_and_head_and_nothing_else(workspace, tasks):
     config = workspace.config("Lora_Finetune")
-    model = models.add_lora(models.load_base(config, tasks[0])[0], config.lora_rank, config.lora_alpha, config.seed)
+    model = models.add_lora(models.load_base(config, tasks[0]), config.lora_rank, config.lora_alpha, config.seed)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     fit(model, tasks[0].train, tasks[0].validation, config, "LoRA")
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -388,15 +389,15 @@ def test_the_same_seed_gives_the_same_images(workspace, again):
 
 
 def test_the_same_seed_gives_the_same_files(workspace, again):
-    """All but the summary, which tells the time taken."""
+    """All but the summary, which tells time and memory taken."""
     first, second = hashes(workspace.results), hashes(again.results)
     differ = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     assert differ <= {"summary.csv"}
 
 
-def test_the_same_seed_gives_the_same_summary_but_for_time(workspace, again):
-    timing = ["seconds", "images_per_second"]
-    assert workspace.summary().drop(columns=timing).equals(again.summary().drop(columns=timing))
+def test_the_same_seed_gives_the_same_summary_but_for_time_and_memory(workspace, again):
+    measured = ["seconds", "images_per_second", "peak_memory_mib"]
+    assert workspace.summary().drop(columns=measured).equals(again.summary().drop(columns=measured))
 
 
 @pytest.mark.parametrize("name", sorted(
