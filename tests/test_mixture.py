@@ -337,6 +337,71 @@ def test_top_1_still_trains_every_gate(case, adapters):
     assert all(layer.gate.output.weight.grad.abs().sum() > 0 for layer in model.mixture_layers().values())
 
 
+# Eight experts of different rank, one of which has no update in one of the layers.
+RANKS = {"base": (3, 3, 1, 2, 3, 3, 3, 3), "blocks.0": (2, 0, 4, 4, 4, 4, 4, 4)}
+MANY_TOKENS = 200
+
+
+def many_experts(seed: int = 0, **options: object) -> ContextGatedMOE:
+    torch.manual_seed(400 + seed)
+    base, experts = PLAIN.build(), []
+    for index in range(8):
+        sizes = {layer: ranks[index] for layer, ranks in RANKS.items() if ranks[index]}
+        experts.append(Expert(f"{index}", {
+            layer: (torch.randn(rank, base.get_submodule(layer).in_features) * 0.3, torch.randn(12, rank) * 0.3)
+            for layer, rank in sizes.items()}))
+    return randomise_gates(ContextGatedMOE(base, experts, **options), seed)
+
+
+def weights_of(gates: dict[str, Tensor], expert: int) -> Tensor:
+    """The weights of one expert in all layers (layers, B)."""
+    return torch.stack([weights[:, expert] for weights in gates.values()])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 8])
+def test_skipping_experts_is_exact(top_k):
+    """With many tokens an image only its own experts are computed; kept weights over all experts are the reference."""
+    model, x = many_experts(top_k=top_k), torch.randn(4, MANY_TOKENS, 8)
+    output, gates = logits(model, {"x": x}), recorded(model, {"x": x})
+    for name, layer in model.mixture_layers().items():
+        layer.gate.forward = lambda *_, name=name, **__: gates[name]
+    model.top_k = None  # every expert is computed, those not kept with weight zero
+    assert_close(output, logits(model, {"x": x}))
+
+
+def test_an_expert_that_no_image_chooses_is_not_computed():
+    model, x = many_experts(top_k=1), torch.randn(3, MANY_TOKENS, 8)
+    gates = recorded(model, {"x": x})
+    idle = next(expert for expert in range(8) if not weights_of(gates, expert).any())
+    expected = logits(model, {"x": x})
+    for name, layer in model.mixture_layers().items():
+        layer.lora_B.data[:, layer.owner == idle] = float("nan")
+    assert torch.equal(logits(model, {"x": x}), expected)
+    model.top_k = None
+    assert logits(model, {"x": x}).isnan().all()
+
+
+def test_skipping_experts_keeps_images_apart():
+    model, x = many_experts(top_k=2), torch.randn(4, MANY_TOKENS, 8)
+    alone = torch.cat([logits(model, {"x": image[None]}) for image in x])
+    assert_close(alone, logits(model, {"x": x}))
+
+
+def test_skipping_experts_compiled():
+    model, x = many_experts(top_k=1), torch.randn(3, MANY_TOKENS, 8)
+    torch.compiler.reset()
+    assert_close(logits(torch.compile(model, backend="eager", fullgraph=True), {"x": x}), logits(model, {"x": x}))
+
+
+def test_skipping_experts_in_bf16():
+    model, x = many_experts(top_k=1), torch.randn(3, MANY_TOKENS, 8)
+    for layer in model.mixture_layers().values():
+        layer.gate.output.bias.data[2] += 100  # rounding shall not choose another expert
+    expected = logits(model, {"x": x})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (logits(model, {"x": x}).float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize("top_k", [0, -1])
 def test_top_k_below_one_is_refused_and_the_base_left_alone(plain_adapters, top_k):
     base = PLAIN.build()
