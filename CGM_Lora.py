@@ -27,7 +27,8 @@ def main(config: MixtureConfig) -> None:
             make(config, tasks, results, processor)
         if config.compare:
             table = comparison.compare(
-                config, tasks, build=lambda changed: build(changed, tasks), train=lambda changed: train(changed, tasks)[0]
+                config, tasks, build=lambda changed: build(changed, tasks),
+                train=lambda changed, checkpoint: train(changed, tasks, checkpoint)[0], checkpoint=results.checkpoint,
             )
             write_csv(results.folder / "CGM_Lora_Comparison.csv", table)
             plotting.comparison(results.folder / "CGM_Lora_Comparison.png", table, results.title("One model for all tasks"))

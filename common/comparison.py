@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from common import models
+from common.checkpoint import Checkpoint
 from common.config import MixtureConfig
 from common.data import ImageSet, TaskData, together
 from common.files import command, read_json
@@ -158,7 +159,7 @@ def base_with(head: dict[str, Tensor], config: MixtureConfig, tasks: list[TaskDa
     return base
 
 
-def joint_lora(config: MixtureConfig, tasks: list[TaskData]) -> nn.Module:
+def joint_lora(config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> nn.Module:
     """One LoRA of the experts' total rank with one head, trained on all tasks together by the experts' recipe."""
     folder = Path(config.root) / "Results" / "Lora_Finetune"
     recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite")
@@ -167,7 +168,7 @@ def joint_lora(config: MixtureConfig, tasks: list[TaskData]) -> nn.Module:
     base = models.load_backbone(config.model, tasks[0].classes, config.seed)
     model = models.add_lora(base, recipe["lora_rank"] * len(tasks), recipe["lora_alpha"] * len(tasks), config.seed)
     train, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
-    fit(model, train, validation, settings, JOINT)
+    fit(model, train, validation, settings, JOINT, checkpoint=checkpoint)
     return model
 
 
@@ -206,27 +207,31 @@ def earlier_formulation(mixture: nn.Module, head: str) -> nn.Module:
     return mixture
 
 
-def compare(config: MixtureConfig, tasks: list[TaskData], build: Callable[[MixtureConfig], nn.Module],
-            train: Callable[[MixtureConfig], nn.Module]) -> pd.DataFrame:
+def compare(
+    config: MixtureConfig, tasks: list[TaskData], build: Callable[[MixtureConfig], nn.Module],
+    train: Callable[[MixtureConfig, Checkpoint], nn.Module], checkpoint: Callable[[str], Checkpoint],
+) -> pd.DataFrame:
     """Evaluate the mixture and everything it is compared with; see `Comparison.table` for the result.
 
-    build, train: make an untrained and a trained mixture. All that is trained here is trained `config.seeds` times, with
-    the seeds from `config.seed` on; the experts are those of Lora_Finetune.py every time.
+    build, train: make an untrained and a trained mixture; checkpoint: gives the checkpoint of a training by its name. All
+    that is trained here is trained `config.seeds` times, with the seeds from `config.seed` on; the experts are those of
+    Lora_Finetune.py every time.
     """
     result = Comparison(tasks, config)
     train_sets = together([data.train for data in tasks]), together([data.validation for data in tasks])
     for repetition in range(config.seeds):
         settings = dataclasses.replace(config, seed=config.seed + repetition)
-        mixture = train(settings)
+        mixture = train(settings, checkpoint(f"compared_mixture_{settings.seed}"))
         gates = models.trainable_parameters(mixture)
         result.add(MIXTURE, mixture, gates)
         mixture.top_k = 1
         result.add("mixture, top 1", mixture, gates)
         mixture.top_k = None
-        joint = joint_lora(settings, tasks)
+        joint = joint_lora(settings, tasks, checkpoint(f"compared_joint_{settings.seed}"))
         result.add(JOINT, joint, models.trainable_parameters(joint))
         earlier = earlier_formulation(build(settings), tasks[0].task.key)
-        fit(earlier, *train_sets, settings, "earlier formulation")
+        earlier_checkpoint = checkpoint(f"compared_earlier_{settings.seed}")
+        fit(earlier, *train_sets, settings, "earlier formulation", checkpoint=earlier_checkpoint)
         result.add("earlier formulation, mixed batches", earlier, models.trainable_parameters(earlier))
         result.add_pure("earlier formulation, pure batches", earlier, models.trainable_parameters(earlier))
     single = {name: f"{name} expert alone" for name in mixture.expert_names}

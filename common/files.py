@@ -21,6 +21,7 @@ from common.config import RunFlags, UserError
 
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = ".lock"
+CHECKSUM = "sha256"  # of all else in a JSON file
 PACKAGES = ("datasets", "peft", "torch", "transformers")
 
 
@@ -113,7 +114,8 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a dictionary as JSON with sorted keys."""
+    """Write a dictionary as JSON with sorted keys and a checksum."""
+    content = {**content, CHECKSUM: _checksum(content)}
     with writing(path) as part:
         part.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -124,9 +126,13 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read; {mend}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged; {mend}")
+    if not isinstance(content, dict) or content.pop(CHECKSUM, None) != _checksum(content):
+        raise UserError(f"{path} was changed or damaged; {mend}")
     return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import resource
 import sys
+import zlib
 from contextlib import ExitStack
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from common.config import RunFlags, UserError
 from common.data import TaskData
 from common.files import differences, locked, read_json, remove, sweep, versions, write_csv, write_json, writing
 from common.metrics import predictions_table, scores
+from common.tasks import TASKS
 from common.training import Fit
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.csv"
 CHECKPOINTS = "Checkpoints"
+CHECKSUM = "checksum"  # the summary's last column
 # Settings that say where and how to run: results made with other values of these are the same results.
-NOT_COMPARED = {"root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps"}
+NOT_COMPARED = {"root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing"}
 
 
 class Results:
@@ -44,7 +48,9 @@ class Results:
     def __enter__(self) -> "Results":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            remove(self.folder / CHECKPOINTS)
         self._held.close()
 
     def finished(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> bool:
@@ -72,7 +78,6 @@ class Results:
         wanted = {**self.made_from, "packages": there.get("packages"), **unknown}
         for difference in differences(there, wanted):
             raise UserError(f"{self.folder} holds finished results with {difference}; {mend}")
-        remove(self.folder / CHECKPOINTS)
         self._print()
         for difference in differences({"packages": there.get("packages")}, {"packages": versions()}):
             print(f"They were made with {difference}")
@@ -138,21 +143,21 @@ class Results:
         """Put this script's rows into the summary, mark the results as finished and print them."""
         path = self.top / SUMMARY_FILE
         table = pd.DataFrame(rows)
+        table[CHECKSUM] = _checksums(table)
         with locked(self.top, wait=True):  # another script may be at its end too
             if path.exists():
                 old = _read_summary(path)
                 table = pd.concat([old[old["method"] != self.name], table])
             write_csv(path, table)
         write_json(self.folder / CONFIG_FILE, self.made_from)
-        remove(self.folder / CHECKPOINTS)
         self._print()
 
     def _print(self) -> None:
         path = self.top / SUMMARY_FILE
         table = _read_summary(path)
         rows = table[table["method"] == self.name]
-        if rows.empty:
-            raise UserError(f"{path} has no rows of {self.name}; add --overwrite to make these results anew")
+        if set(rows["task"]) != {task.title for task in TASKS}:
+            raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
         print(_as_text(rows))
         print(f"Results are in {self.folder}")
 
@@ -169,9 +174,19 @@ def _read_summary(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
         _as_text(table)  # has every column that is shown, with numbers where they belong
+        if list(table[CHECKSUM]) != _checksums(table):
+            raise ValueError("a value was changed")
         return table
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is missing or damaged; delete it and run the scripts with --overwrite") from error
+
+
+def _checksums(table: pd.DataFrame) -> list[str]:
+    """A checksum of each row of the summary, the same before it is written and after it is read."""
+    rows = table.drop(columns=CHECKSUM, errors="ignore").to_dict("records")
+    texts = [", ".join(f"{key} {value:.6f}" if isinstance(value, Number) else f"{key} {value}"
+                       for key, value in row.items() if not pd.isna(value)) for row in rows]
+    return [f"crc {zlib.crc32(text.encode()):08x}" for text in texts]
 
 
 def _as_text(table: pd.DataFrame) -> str:

@@ -1,6 +1,7 @@
 """Run the six scripts in order: `python -m common.run_all [--demo]`."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
@@ -17,14 +18,23 @@ def main(config: RunAllConfig) -> None:
     for script, config_class in SCRIPTS.items():
         print(f"\n== {script} ==", flush=True)
         started = time.perf_counter()
-        status = subprocess.run([sys.executable, folder / f"{script}.py", *_flags(config, config_class)]).returncode
+        status = wait_for([sys.executable, folder / f"{script}.py", *_flags(config, config_class)])
         seconds[script] = time.perf_counter() - started
         if status:
-            raise UserError(f"{script}.py ended with status {status}; run the same command again once that is mended")
+            again = "the same command without --overwrite" if config.overwrite else "the same command"
+            raise UserError(f"{script}.py ended with status {status}; run {again} to go on once that is mended")
     print("\n== Summary ==")
     print_summary(config.root)
     spent = [f"{script} {time_taken:.0f} s" for script, time_taken in seconds.items()]
     print("\n" + ", ".join(spent), f"in all {sum(seconds.values()):.0f} s")
+
+
+def wait_for(command: list[str | Path]) -> int:
+    """Run a command and return its status. Ctrl-C, which it gets as well, and SIGTERM leave it the time to save."""
+    with subprocess.Popen(command) as script:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: script.terminate())
+        return script.wait()
 
 
 def _flags(config: RunAllConfig, config_class: type) -> list[str]:

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from common.checkpoint import Checkpoint
 from common.config import HardwareFlags, TrainingFlags, UserError
 from common.data import ImageSet, batches
+from common.layers import keep_freed_memory
 
 EVALUATION_BATCH = 64
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -183,11 +185,16 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
     save and raise KeyboardInterrupt, which says where.
     """
     device = device_of(config)
+    keep_freed_memory()
     model.to(device)
     train, validation = train.to(device), validation.to(device)
     trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    backbone = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if config.gradient_checkpointing and backbone is not None:  # reentrant, it would need inputs that have gradients
+        backbone.activation_checkpointing_enable({"use_reentrant": False})
     groups = groups or [{"params": list(trainable.values()), "lr_share": 1.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay,
+                                  fused=device.type in ("cpu", "cuda"))
     training = _Training(name, config, trainable, optimizer, len(train), total_loss=torch.zeros((), device=device),
                          correct=torch.zeros((), dtype=torch.int64, device=device))
     if checkpoint is not None and checkpoint.progress is not None:
@@ -216,6 +223,11 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
         if checkpoint is not None:  # there is nothing to go on with
             checkpoint.delete()
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{training}: out of memory; halve --batch_size (now {config.batch_size}) and double --accumulation_steps "
+            f"(now {config.accumulation_steps}), or add --gradient_checkpointing"
+        ) from error
     with torch.no_grad():
         for key, parameter in trainable.items():
             parameter.copy_(training.best[key])

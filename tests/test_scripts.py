@@ -199,7 +199,7 @@ def test_the_routing_table_has_every_gated_layer_of_every_task(workspace):
 def test_the_summary_has_a_row_for_every_method_and_task(workspace):
     summary = workspace.summary()
     assert list(summary) == ["method", "task", "accuracy", "accuracy_low", "accuracy_high", "macro_f1",
-                             "trainable_parameters", "seconds", "images_per_second", "peak_memory_mib"]
+                             "trainable_parameters", "seconds", "images_per_second", "peak_memory_mib", "checksum"]
     assert (summary["peak_memory_mib"] > 0).all()
     assert list(zip(summary["method"], summary["task"], strict=True)) == EVERY_ROW
 
@@ -396,7 +396,7 @@ def test_the_same_seed_gives_the_same_files(workspace, again):
 
 
 def test_the_same_seed_gives_the_same_summary_but_for_time_and_memory(workspace, again):
-    measured = ["seconds", "images_per_second", "peak_memory_mib"]
+    measured = ["seconds", "images_per_second", "peak_memory_mib", "checksum"]
     assert workspace.summary().drop(columns=measured).equals(again.summary().drop(columns=measured))
 
 
@@ -511,9 +511,9 @@ def record_commands(monkeypatch, failing=None):
 
     def start(command):
         started.append(command[1].stem)
-        return subprocess.CompletedProcess(command, 2 if command[1].stem == failing else 0)
+        return 2 if command[1].stem == failing else 0
 
-    monkeypatch.setattr(run_all.subprocess, "run", start)
+    monkeypatch.setattr(run_all, "wait_for", start)
     return started
 
 
