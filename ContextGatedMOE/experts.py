@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 # Initialisations that only choose the first A and B. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the
 # base weights, so that two such adapters do not share one base.
-_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Options besides peft's LoRA variants that make an adapter more than `W x + s B A x`.
+_MORE_THAN_LORA = ("use_qalora", "target_parameters", "trainable_token_indices", "layer_replication")
 
 
 class MixtureError(ValueError):
@@ -46,6 +48,8 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path) -> Expert
     """
     config = _read_config(name, adapter)
     _refuse_inexact(name, config)
+    # Only training knows of these: how A and B began, and VeLoRA's compressed activations. What is left is plain LoRA.
+    config.init_lora_weights, config.velora_config = True, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
@@ -107,8 +111,9 @@ def _refuse_inexact(name: str, config: LoraConfig) -> None:
     if config.init_lora_weights not in _PLAIN_INITIALISATIONS:
         raise MixtureError(f"expert '{name}' was initialised by {config.init_lora_weights!r}, which changes the base "
                            "weights; convert it to a plain LoRA with peft first")
-    for option in ("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"):
-        if getattr(config, option, None):
+    variants = [option.name for option in fields(config) if option.metadata.get("is_lora_variant")]
+    for option in (*variants, *_MORE_THAN_LORA):
+        if option != "velora_config" and getattr(config, option, None):
             raise MixtureError(f"expert '{name}' uses {option}, which a mixture of linear layers cannot reproduce")
 
 

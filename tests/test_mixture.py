@@ -31,6 +31,7 @@ from mixture_models import (
     snapshot,
 )
 from peft import IA3Config, PeftModel
+from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -87,6 +88,19 @@ def test_a_one_hot_gate_is_that_peft_model(case, adapters, name):
 def test_a_single_expert_is_that_peft_model(case, adapters, name):
     inputs, model = case.batch(3), mixture(case, {name: adapters[name]})
     assert_close(logits(model, inputs), peft_logits(case, adapters[name], inputs))
+
+
+@pytest.mark.parametrize("options", [
+    dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal"), dict(init_lora_weights="mica"),
+    dict(velora_config=VeloraConfig(num_groups=4)), dict(lora_dropout=0.5), dict(layers_to_transform=[1]),
+    dict(exclude_modules=["q_proj"]),
+], ids=str)
+def test_a_lora_trained_in_another_way_is_that_peft_model(tmp_path, options):
+    """Options that end in a plain update of some layers."""
+    folder = save_adapter(BEIT.build(), tmp_path, r=2, target_modules=["q_proj", "fc1"], **options)
+    inputs, model = BEIT.batch(3), mixture(BEIT, {"own": folder})
+    assert_close(logits(model, inputs), peft_logits(BEIT, folder, inputs))
+    assert (logits(model, inputs) - logits(BEIT.build(), inputs)).abs().max() > 1e-3
 
 
 def test_no_experts_is_the_base_with_nothing_to_train(case):
@@ -859,7 +873,9 @@ def assert_refused(base: nn.Module, folder: Path) -> None:
     dict(use_dora=True), dict(bias="all"), dict(bias="lora_only"), dict(lora_bias=True), dict(init_lora_weights="pissa"),
     dict(init_lora_weights="olora"), dict(target_modules=["projection"]), dict(target_modules=["q_proj"], modules_to_save=["layernorm"]),
     dict(target_modules=["q_proj"], modules_to_save=["mlp"]), dict(target_parameters=["fc1.weight"], target_modules=["q_proj"]),
-], ids=str)
+    dict(kasa_config=KasaConfig()), dict(monteclora_config=MontecloraConfig()), dict(alora_invocation_tokens=[1]),
+    dict(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["fc1"], nblocks=2)),
+], ids=lambda options: "-".join(options))
 def test_an_inexact_lora_is_refused(tmp_path, options):
     folder = save_adapter(BEIT.build(), tmp_path, **{"r": 2, "target_modules": ["q_proj", "fc1"], **options})
     assert_refused(BEIT.build(), folder)
