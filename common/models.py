@@ -21,6 +21,7 @@ from common.data import TaskData
 from common.files import (
     PROVENANCE_FILE, command, differences, file_hashes, read_json, recover, tensor_fingerprint, write_json, writing,
 )
+from common.layers import ATTENTION, LoraLinear
 from common.tasks import Task
 
 HEAD = "classifier"
@@ -52,7 +53,8 @@ def load_backbone(name: str, classes: list[str], seed: int) -> BeitForImageClass
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: index for index, label in config.id2label.items()}
         model, info = BeitForImageClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            name, config=config, dtype=torch.float32, attn_implementation=ATTENTION, ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
         raise UserError(_cannot_load(name, error)) from error
@@ -76,6 +78,7 @@ def _cannot_load(name: str, error: Exception) -> str:
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftModel:
     """Put a LoRA adapter on every linear layer of every block; the head is trained and saved with it."""
     config = PeftLoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=[HEAD])
+    config._register_custom_module({nn.Linear: LoraLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)

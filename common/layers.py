@@ -1,0 +1,55 @@
+"""What transformers' attention and peft's LoRA layers compute, computed faster in training."""
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.beit.modeling_beit import eager_attention_forward
+
+ATTENTION = "sdpa_or_products"  # the name models are loaded with
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+              **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention of query, key, value (B, H, T, D) with a position bias (1, H, T, T). Returns (B, T, H, D).
+
+    PyTorch's fused kernel, but for training on a CPU in bf16 or of the bias itself: its backward pass there takes two to
+    five times as long as that of plain matrix products (`python -m tests.bench attention`).
+    """
+    bias_learns = attention_mask is not None and attention_mask.requires_grad
+    products = torch.is_grad_enabled() and query.device.type == "cpu" and (query.dtype == torch.bfloat16 or bias_learns)
+    compute = eager_attention_forward if products else sdpa_attention_forward
+    return compute(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register(ATTENTION, attention)
+
+
+class LoraLinear(Linear):
+    """peft's layer y = W x + b + s B A x, with scale and sum inside the last product, in the dtype of x."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., d_in). Returns (..., d_out)."""
+        if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1 or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        y, low = self.base_layer(x), self.lora_A[name](self.lora_dropout[name](x))
+        rows, low = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
+        return torch.addmm(rows, low, self.lora_B[name].weight.T, alpha=self.scaling[name]).view(y.shape)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one.
+
+    glibc returns large blocks to the system at once; getting them back, zeroed page by page, is up to a seventh of a
+    training step of BEiT-base on a CPU. Other C libraries have no such switch.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
