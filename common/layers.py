@@ -18,11 +18,11 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
               **options: Any) -> tuple[Tensor, Tensor | None]:
     """Attention of query, key, value (B, H, T, D) with a position bias (1, H, T, T). Returns (B, T, H, D).
 
-    PyTorch's fused kernel, but for training on a CPU in bf16 or of the bias itself: its backward pass there takes two to
-    five times as long as that of plain matrix products (`python -m tests.bench attention`).
+    PyTorch's fused kernel, but on a CPU in bf16, or where the bias learns: its backward pass there takes two to five times
+    as long as that of plain matrix products (`python -m tests.bench parts`).
     """
     bias_learns = attention_mask is not None and attention_mask.requires_grad
-    products = torch.is_grad_enabled() and query.device.type == "cpu" and (query.dtype == torch.bfloat16 or bias_learns)
+    products = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or bias_learns)
     compute = eager_attention_forward if products else sdpa_attention_forward
     return compute(module, query, key, value, attention_mask, **options)
 
@@ -38,9 +38,10 @@ class LoraLinear(Linear):
         if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1 or args or kwargs:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        y, low = self.base_layer(x), self.lora_A[name](self.lora_dropout[name](x))
-        rows, low = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
-        return torch.addmm(rows, low, self.lora_B[name].weight.T, alpha=self.scaling[name]).view(y.shape)
+        rows = x.reshape(-1, x.shape[-1])  # in two dimensions the sum is made in place, and nothing of y is copied
+        y, low = self.base_layer(rows), self.lora_A[name](self.lora_dropout[name](rows))
+        y.addmm_(low, self.lora_B[name].weight.T.to(y.dtype), alpha=self.scaling[name])
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def keep_freed_memory() -> None:
