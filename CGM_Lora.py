@@ -1,44 +1,56 @@
-"""Step 6: one context-gated mixture over all LoRA experts; only its gates are trained, and it is never told the task."""
+"""Step 6: one context-gated mixture over all LoRA experts; only its gates are trained, and it is never told the task.
+
+--compare puts it beside single experts, merges, Arrow routing and joint training, in CGM_Lora_Comparison.csv and .png.
+--add_expert NAME=FOLDER starts from the finished mixture, adds the peft LoRA adapter in FOLDER as one more expert and trains
+the gates again, on the images of all tasks; the results are in Results/CGM_Lora_NAME, the mixture it started from stays.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import BeitImageProcessorPil
+from transformers import BeitForImageClassification, BeitImageProcessorPil
 
 from common import comparison, models, plotting
 from common.checkpoint import Checkpoint
 from common.config import MixtureConfig, UserError, run
 from common.data import ImageSet, TaskData, load_task, together
-from common.files import command, write_csv
+from common.files import PROVENANCE_FILE, command, differences, read_json, remove, write_csv
 from common.results import Results
 from common.tasks import TASKS
 from common.training import Fit, Loss, cross_entropy, evaluate, fit
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
+COMPARISON = "CGM_Lora_Comparison"
+
 
 def main(config: MixtureConfig) -> None:
     """Train the gates on all tasks together, evaluate on each, and write the one model."""
-    with Results(config, "CGM_Lora", "CGM_Lora") as results:
+    added = config.added_experts()
+    with Results(config, "_".join(["CGM_Lora", *added]), "CGM_Lora") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in TASKS]
-        experts = {task.key: models.fingerprint(models.lora_folder(config, task)) for task in TASKS}
-        if not results.finished(tasks, experts=experts):
-            make(config, tasks, results, processor)
+        adapters = {task.key: models.lora_folder(config, task) for task in TASKS} | added
+        folder = results.folder / "Models" / mixture_name(list(adapters))
+        starts = {"experts": {name: models.fingerprint(adapter) for name, adapter in adapters.items()}}
+        if added:
+            starts["start"] = {"mixture": models.fingerprint(start_folder(config))}
+        if not results.finished(tasks, **starts):
+            make(config, tasks, results, processor, folder)
         if config.compare:
-            table = comparison.compare(
-                config, tasks, build=lambda changed: build(changed, tasks),
-                train=lambda changed, checkpoint: train(changed, tasks, checkpoint)[0], checkpoint=results.checkpoint,
-            )
-            write_csv(results.folder / "CGM_Lora_Comparison.csv", table)
-            plotting.comparison(results.folder / "CGM_Lora_Comparison.png", table, results.title("One model for all tasks"))
+            table = comparison.compare(config, tasks, load(folder, config, tasks), build, train, results.checkpoint)
+            write_csv(results.folder / f"{COMPARISON}.csv", table)
+            plotting.comparison(results.folder / f"{COMPARISON}.png", table, results.title("One model for all tasks"))
             print(table[["method", "task", "accuracy_mean", "accuracy_spread", "mcnemar_p"]].to_string(index=False))
 
 
-def make(config: MixtureConfig, tasks: list[TaskData], results: Results, processor: BeitImageProcessorPil) -> None:
-    """Train the mixture and write it, its predictions and its routing."""
-    name = "_".join(data.task.key for data in tasks) + "_cgm_lora"
-    model, fitted = train(config, tasks, results.checkpoint(name))
+def make(config: MixtureConfig, tasks: list[TaskData], results: Results, processor: BeitImageProcessorPil,
+         folder: Path) -> None:
+    """Train the mixture and write it into `folder`, and its predictions and routing beside that."""
+    model = grow(config, tasks) if config.add_expert else build(config, tasks)
+    fitted = train(model, config, tasks, results.checkpoint(folder.name))
     rows, routes = [], []
     for data in tasks:
         probabilities, by_image, by_layer = predict(model, data.test, config)
@@ -53,30 +65,83 @@ def make(config: MixtureConfig, tasks: list[TaskData], results: Results, process
     write_csv(results.folder / "CGM_Lora_Routing.csv", routing)
     plotting.routing(results.folder / "CGM_Lora_Routing.png", routing, results.title("Routing of the mixture"))
     classes = {data.task.key: data.classes for data in tasks}
-    models.save(results.folder / "Models" / name, model, processor, {**results.made_from, "classes": classes})
+    models.save(folder, model, processor, {**results.made_from, "classes": classes})
+    for ending in (".csv", ".png"):
+        remove(results.folder / f"{COMPARISON}{ending}")  # one from before was of another mixture
     results.finish(rows)
 
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
     """The untrained mixture of every task's LoRA expert on their common backbone."""
-    experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
-    base = models.load_backbone(config.model, tasks[0].classes, config.seed)
+    base = load_base(config, tasks)
     for data in tasks:
         models.check_expert(config, data, models.backbone_fingerprint(base))
     torch.manual_seed(config.seed)
     try:
+        experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
         return ContextGatedMOE.from_adapters(base, experts, config.gate_hidden)
     except MixtureError as error:
         raise UserError(f"{error}; run {command('Lora_Finetune', config)} --overwrite") from error
 
 
-def train(config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> tuple[ContextGatedMOE, Fit]:
-    """The mixture with gates trained on the training images of all tasks in random order."""
-    model = build(config, tasks)
+def grow(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
+    """The finished mixture with the experts of --add_expert added, its gates as they were for the others.
+
+    Raises UserError if there is no such mixture, its images or gates are others than now, or an expert cannot be added.
+    """
+    folder, added = start_folder(config), config.added_experts()
+    model = load(folder, config, tasks)
+    made_from = read_json(folder / PROVENANCE_FILE, f"run {command('CGM_Lora', config)} --overwrite")
+    images = {data.task.key: data.fingerprint for data in tasks if data.task.key not in added}
+    now = {"data": images, "gate_hidden": config.gate_hidden}
+    for difference in differences({key: made_from.get(key) for key in now}, now):
+        raise UserError(f"{folder} was made with {difference}; run {command('CGM_Lora', config)} --overwrite first")
+    torch.manual_seed(config.seed)  # layers that only a new expert adapts get new gates
+    try:
+        for name, adapter in added.items():
+            model.add_expert(name, adapter)
+    except MixtureError as error:
+        raise UserError(f"--add_expert: {error}") from error
+    return model
+
+
+def train(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> Fit:
+    """Train the gates on the training images of all tasks in random order."""
     images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
     own = torch.tensor([model.expert_names.index(data.task.key) for data in tasks])
     loss = routing_loss(own, config.routing_weight)
-    return model, fit(model, images, validation, config, "CGM", loss=loss, checkpoint=checkpoint)
+    return fit(model, images, validation, config, "CGM", loss=loss, checkpoint=checkpoint)
+
+
+def load(folder: Path, config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
+    """The trained mixture in `folder`. Raises UserError if it is missing or damaged."""
+    try:
+        return ContextGatedMOE.from_pretrained(folder, load_base(config, tasks))
+    except MixtureError as error:
+        raise UserError(f"{error}; run {command('CGM_Lora', config)} --overwrite") from error
+
+
+def load_base(config: MixtureConfig, tasks: list[TaskData]) -> BeitForImageClassification:
+    """The backbone that all experts share. Raises UserError if the tasks have different numbers of classes."""
+    counts = {data.task.key: len(data.classes) for data in tasks}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{key} {count}" for key, count in counts.items())
+        flags = " and ".join(f"--{key}_classes" for key in counts)
+        raise UserError(f"the mixture needs as many classes in every task ({listed}): choose them with {flags} of "
+                        f"{command('Data_Preparation', config)} --overwrite, then run the other scripts with --overwrite")
+    classes = [" / ".join(names) for names in zip(*(data.classes for data in tasks), strict=True)]
+    return models.load_backbone(config.model, classes, config.seed)
+
+
+def start_folder(config: MixtureConfig) -> Path:
+    """Where the mixture is that --add_expert starts from: the one of the tasks whose experts are not among those added."""
+    names = [task.key for task in TASKS if task.key not in config.added_experts()]
+    return Path(config.root) / "Results" / "CGM_Lora" / "Models" / mixture_name(names)
+
+
+def mixture_name(experts: list[str]) -> str:
+    """What the folder of a mixture of these experts is called."""
+    return f"{'_'.join(experts)}_cgm_lora"
 
 
 def routing_loss(own: Tensor, weight: float) -> Loss:

@@ -51,15 +51,17 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path) -> Expert
     # Only training knows of these: how A and B began, and VeLoRA's compressed activations. What is left is plain LoRA.
     config.init_lora_weights, config.velora_config = True, None
     try:
+        stored = load_peft_weights(str(adapter), device="cpu")
+        _check_head_width(name, stored, base_model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
             model = PeftModel.from_pretrained(
                 skeleton(base_model), adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True
             )
         expert = _collect(name, model.get_base_model())
-        stored = sum(".lora_A." in key for key in load_peft_weights(str(adapter), device="cpu"))
-        if stored != len(expert.updates):  # peft passes over tensors that have no place in the base
-            raise MixtureError(f"expert '{name}' adapts {stored} layers, of which the base model has {len(expert.updates)}")
+        adapted = sum(".lora_A." in key for key in stored)
+        if adapted != len(expert.updates):  # peft passes over tensors that have no place in the base
+            raise MixtureError(f"expert '{name}' adapts {adapted} layers, of which the base model has {len(expert.updates)}")
         check_fit(expert, base_model)
         return expert
     except MixtureError:
@@ -117,6 +119,17 @@ def _refuse_inexact(name: str, config: LoraConfig) -> None:
             raise MixtureError(f"expert '{name}' uses {option}, which a mixture of linear layers cannot reproduce")
 
 
+def _check_head_width(name: str, stored: dict[str, Tensor], base_model: nn.Module) -> None:
+    """Refuse a head with more or fewer outputs than the base's; peft would speak of tensors. stored: the adapter's tensors."""
+    layers = plain_layers(base_model)
+    for key, tensor in stored.items():
+        layer, _, part = key.removeprefix("base_model.model.").rpartition(".")
+        base = layers.get(layer)
+        if part == "weight" and isinstance(base, nn.Linear) and len(tensor) != base.out_features:
+            raise MixtureError(f"expert '{name}' has a head of {len(tensor)} outputs at '{layer}', where the base model has "
+                               f"{base.out_features}; heads of different width cannot be mixed")
+
+
 def _collect(name: str, model: nn.Module) -> Expert:
     """Copy the tensors of the adapter called "expert" out of a model that carries it."""
     expert = Expert(name)
@@ -128,9 +141,8 @@ def _collect(name: str, model: nn.Module) -> Expert:
         elif isinstance(module, ModulesToSaveWrapper):
             head = module.modules_to_save["expert"]
             if type(head) is not nn.Linear:
-                raise MixtureError(
-                    f"expert '{name}' replaces '{layer}', a {type(head).__name__}; only heads that are nn.Linear can be mixed"
-                )
+                raise MixtureError(f"expert '{name}' replaces '{layer}', a {type(head).__name__}; only heads that are nn.Linear "
+                                   "can be mixed")
             bias = None if head.bias is None else _loaded(name, layer, head.bias)
             expert.heads[layer] = (_loaded(name, layer, head.weight), bias)
     if not expert.updates and not expert.heads:

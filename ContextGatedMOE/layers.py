@@ -150,9 +150,9 @@ class MixtureLinear(nn.Module):
         sizes, within = torch.tensor(ranks, device=lora_A.device), torch.arange(max(ranks), device=lora_A.device)
         used = within < sizes[:, None]
         rows = (sizes.cumsum(0) - sizes)[:, None] + within
-        self.register_buffer("owner", torch.arange(len(ranks), device=lora_A.device).repeat_interleave(sizes), persistent=False)
-        self.register_buffer("rows", rows.where(used, 0), persistent=False)
-        self.register_buffer("used", used, persistent=False)
+        owner = torch.arange(len(ranks), device=lora_A.device).repeat_interleave(sizes)
+        for buffer, value in (("owner", owner), ("rows", rows.where(used, 0)), ("used", used)):
+            self.register_buffer(buffer, value, persistent=False)
 
     @property
     def weight(self) -> Tensor:

@@ -29,9 +29,9 @@ class ContextGatedMOE(nn.Module):
     mean over that image's tokens (see `Gate`). It takes what the base model takes and returns what it returns; a
     prediction never depends on the other images of the batch. The batch must be the first dimension of every input.
 
-    A gate weighs all tokens of one pass alike. In a causal language model the logits of early tokens therefore depend, through
-    the gates, on later tokens of the same pass; while it generates with a cache, the gates see the prompt first and then
-    each new token by itself. `fixed_gates` keeps one choice of experts for a whole text.
+    A gate weighs all tokens of one pass alike. In a causal language model the logits of early tokens therefore depend,
+    through the gates, on later tokens of the same pass; while it generates with a cache, the gates see the prompt first and
+    then each new token by itself. `fixed_gates` keeps one choice of experts for a whole text.
 
     Experts are kept in alphabetical order, so the order in which they are named makes no difference.
     """

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,22 +19,27 @@ from torch import Tensor, nn
 
 from common import models
 from common.checkpoint import Checkpoint
-from common.config import MixtureConfig
+from common.config import MixtureConfig, TrainingFlags
 from common.data import ImageSet, TaskData, together
 from common.files import command, read_json
 from common.metrics import predictions_table, scores
-from common.training import evaluate, fit
+from common.training import EVALUATION_BATCH, evaluate, fit
 
 MIXTURE, ORACLE, JOINT = "mixture", "oracle (told the task)", "joint LoRA of the total rank"
+EARLIER = "earlier formulation"
 # Name in peft -> its own options. Half of the entries are kept, the value peft's documentation uses in its examples.
-MERGES = {"linear": {}, "ties": {"density": 0.5}, "dare_linear": {"density": 0.5}}
+HALF = {"density": 0.5}
+MERGES = {"linear": {}, "cat": {}, "ties": HALF, "dare_linear": HALF, "dare_ties": HALF}
 
 
 def mixed_test(tasks: list[TaskData], seed: int) -> ImageSet:
     """The test images of all tasks in one seeded random order."""
     data = together([task.test for task in tasks])
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return ImageSet(data.inputs[order], data.labels[order], data.mean, data.std, data.tasks[order])
+    return _part(data, torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
+
+
+def _part(data: ImageSet, rows: Tensor) -> ImageSet:
+    return ImageSet(data.inputs[rows], data.labels[rows], data.mean, data.std, data.tasks[rows])
 
 
 class Comparison:
@@ -45,53 +51,55 @@ class Comparison:
         self.predictions: dict[str, list[np.ndarray]] = {}  # method -> probabilities (N, C), one for each seed
         self.facts: dict[str, dict[str, float]] = {}
 
-    def add(self, method: str, model: nn.Module, trainable: int = 0, data: ImageSet | None = None) -> None:
-        """Predict with `model`; with `data`, predict that instead: a reordering of the same images."""
-        data = self.data if data is None else data
-        started = time.perf_counter()
-        probabilities, _ = evaluate(model, data, self.config)
-        self.put(method, probabilities, trainable, len(data) / (time.perf_counter() - started))
+    def add(self, method: str, model: nn.Module, trainable: int = 0, pure: bool = False) -> None:
+        """Predict with `model`, in mixed batches or, if `pure`, in batches that each hold images of one task only."""
+        parts = [torch.from_numpy(rows) for rows in self._rows()] if pure else [torch.arange(len(self.data))]
+        probabilities, taken = [], []
+        for rows in parts:
+            stamps = [time.perf_counter()]
+            part = _part(self.data, rows)
+            probabilities.append(evaluate(model, part, self.config, lambda: stamps.append(time.perf_counter()))[0])
+            sizes = np.diff([*range(0, len(rows), EVALUATION_BATCH), len(rows)])
+            taken += list(np.diff(stamps) / sizes)
+        order = np.argsort(torch.cat(parts).numpy())
+        self.put(method, np.concatenate(probabilities)[order], trainable, 1 / np.median(taken[1:] or taken))
 
     def put(self, method: str, probabilities: np.ndarray, trainable: int = 0, speed: float = float("nan")) -> None:
         """Take over the probabilities (N, C) of a method, one more seed of it if there are some already."""
         self.predictions.setdefault(method, []).append(probabilities)
         self.facts.setdefault(method, {"trainable_parameters": trainable, "images_per_second": speed})
 
-    def add_pure(self, method: str, model: nn.Module, trainable: int) -> None:
-        """Predict with batches that each hold images of one task only, for a model in which batch mates matter."""
-        pure = torch.empty(len(self.data), len(self.tasks[0].classes))
-        for task in range(len(self.tasks)):
-            rows = (self.data.tasks == task).nonzero()[:, 0]
-            part = ImageSet(self.data.inputs[rows], self.data.labels[rows], self.data.mean, self.data.std)
-            pure[rows] = torch.from_numpy(evaluate(model, part, self.config)[0])
-        self.put(method, pure.numpy(), trainable)
-
-    def add_oracle(self, single: dict[str, str]) -> None:
-        """Every image by its own task's expert. single: task key -> method that is this task's expert alone."""
-        own = np.stack([self.predictions[single[data.task.key]][0] for data in self.tasks])  # (tasks, N, C)
-        self.put(ORACLE, own[self.data.tasks.numpy(), np.arange(len(self.data))])
+    def add_oracle(self, single: list[str]) -> None:
+        """Every image by its own task's expert. single: for each task, the method that is its expert alone."""
+        own = np.stack([self.predictions[method][0] for method in single])  # (tasks, N, C)
+        speed = float(np.mean([self.facts[method]["images_per_second"] for method in single]))
+        self.put(ORACLE, own[self.data.tasks.numpy(), np.arange(len(self.data))], speed=speed)
 
     def table(self) -> pd.DataFrame:
         """One row per method and task, and one for all tasks together.
 
         Accuracy, interval, F1 and the exact McNemar test against the mixture are those of the first seed; mean and
-        spread (standard deviation) are over seeds. The accuracy over all tasks is the mean of the tasks' accuracies.
+        spread (standard deviation) are over seeds. The row "All" counts every image once: with test splits of one size
+        its accuracy is the mean of the tasks' accuracies; its F1 is that mean always. Images per second are those of the
+        median batch but the first, in batches of one size for all methods.
         """
         rows = []
         for method, runs in self.predictions.items():
-            by_seed = np.array([[self._correct(run)[rows_of].mean() for rows_of in self._rows()] for run in runs])
-            for index, data in enumerate(self.tasks):
-                rows_of = self._rows()[index]
-                table = predictions_table(runs[0][rows_of], self.data.labels[rows_of].numpy(), data.classes)
-                rows.append({"method": method, "task": data.task.title, **scores(table), **self._spread(by_seed[:, index]),
-                             "mcnemar_p": self._mcnemar(runs[0], rows_of), **self.facts[method]})
-            everywhere = np.arange(len(self.data))
-            interval = binomtest(int(self._correct(runs[0]).sum()), len(self.data)).proportion_ci(0.95, method="wilson")
-            rows.append({
-                "method": method, "task": "All", "accuracy": by_seed[0].mean(), "accuracy_low": interval.low,
-                "accuracy_high": interval.high, "macro_f1": np.mean([row["macro_f1"] for row in rows[-len(self.tasks):]]),
-                **self._spread(by_seed.mean(1)), "mcnemar_p": self._mcnemar(runs[0], everywhere), **self.facts[method],
-            })
+            tables = [predictions_table(runs[0][rows_of], self.data.labels[rows_of].numpy(), data.classes)
+                      for rows_of, data in zip(self._rows(), self.tasks, strict=True)]
+            by_task = [scores(table) for table in tables]
+            correct = int(self._correct(runs[0]).sum())
+            interval = binomtest(correct, len(self.data)).proportion_ci(0.95, method="wilson")
+            overall = {"accuracy": correct / len(self.data), "accuracy_low": interval.low, "accuracy_high": interval.high,
+                       "macro_f1": float(np.mean([row["macro_f1"] for row in by_task]))}
+            names, everywhere = [data.task.title for data in self.tasks], np.arange(len(self.data))
+            for name, rows_of, row in zip([*names, "All"], [*self._rows(), everywhere], [*by_task, overall], strict=True):
+                by_seed = np.array([self._correct(run)[rows_of].mean() for run in runs])
+                rows.append({
+                    "method": method, "task": name, **row, "seeds": len(runs), "accuracy_mean": by_seed.mean(),
+                    "accuracy_spread": by_seed.std(ddof=1) if len(runs) > 1 else 0.0,
+                    "mcnemar_p": self._mcnemar(runs[0], rows_of), **self.facts[method],
+                })
         return pd.DataFrame(rows)
 
     def _rows(self) -> list[np.ndarray]:
@@ -99,11 +107,6 @@ class Comparison:
 
     def _correct(self, probabilities: np.ndarray) -> np.ndarray:
         return probabilities.argmax(1) == self.data.labels.numpy()
-
-    @staticmethod
-    def _spread(accuracies: np.ndarray) -> dict[str, float]:
-        spread = accuracies.std(ddof=1) if len(accuracies) > 1 else 0.0
-        return {"seeds": len(accuracies), "accuracy_mean": accuracies.mean(), "accuracy_spread": spread}
 
     def _mcnemar(self, probabilities: np.ndarray, rows: np.ndarray) -> float:
         """Exact two-sided McNemar test: are the images only one of the two gets right split evenly?"""
@@ -115,23 +118,39 @@ class Comparison:
 # ---- the other ways to use the same adapters ----
 
 
+def single_expert(config: MixtureConfig, data: TaskData) -> nn.Module:
+    """The model of one task's LoRA expert, its update merged into the weights."""
+    base = models.load_backbone(config.model, data.classes, config.seed)
+    return PeftModel.from_pretrained(base, models.lora_folder(config, data.task)).merge_and_unload()
+
+
 def merged(config: MixtureConfig, tasks: list[TaskData]) -> Iterator[tuple[str, nn.Module]]:
     """peft's own combinations of the experts: every merge of MERGES, and Arrow routing.
 
-    peft merges no heads (`modules_to_save`), so the adapters are loaded without theirs and the base gets the mean head.
+    A merge weighs the experts 1 / E each, their mean, or 1 each, their sum: whichever has the lower loss on the validation
+    images. peft merges no heads (`modules_to_save`), so the adapters are loaded without theirs and the base gets the mean
+    head.
     """
+    validation = together([data.validation for data in tasks])
     with headless(config, tasks) as (folders, head):
-        for kind, options in MERGES.items():
-            model = PeftModel.from_pretrained(base_with(head, config, tasks), folders[0], adapter_name="0")
-            for index, folder in enumerate(folders[1:], start=1):
-                model.load_adapter(folder, str(index))
-            names, weights = [str(index) for index in range(len(folders))], [1 / len(folders)] * len(folders)
-            torch.manual_seed(config.seed)  # DARE drops entries at random
-            model.add_weighted_adapter(names, weights, "merged", combination_type=kind, **options)
-            model.set_adapter("merged")
-            yield f"peft {kind} merge", model
-        arrow = create_arrow_model(base_with(head, config, tasks), folders, ArrowConfig(top_k=len(folders), rng_seed=config.seed))
-        yield "peft Arrow routing", arrow
+        for kind in MERGES:
+            candidates = [merge(kind, weight, folders, head, config, tasks) for weight in (1 / len(folders), 1.0)]
+            losses = [evaluate(model, validation, config)[1] for model in candidates]
+            yield f"peft {kind} merge", candidates[int(np.argmin(losses))]
+        arrow = ArrowConfig(top_k=min(len(folders), ArrowConfig.top_k), rng_seed=config.seed)
+        yield "peft Arrow routing", create_arrow_model(base_with(head, config, tasks), folders, arrow)
+
+
+def merge(kind: str, weight: float, folders: list[str], head: dict[str, Tensor], config: MixtureConfig,
+          tasks: list[TaskData]) -> nn.Module:
+    """The backbone with one merge of the adapters in `folders`, each weighed alike, in its weights."""
+    model = PeftModel.from_pretrained(base_with(head, config, tasks), folders[0], adapter_name="0")
+    for index, folder in enumerate(folders[1:], start=1):
+        model.load_adapter(folder, str(index))
+    names = [str(index) for index in range(len(folders))]
+    torch.manual_seed(config.seed)  # DARE drops entries at random
+    model.add_weighted_adapter(names, [weight] * len(names), "merged", combination_type=kind, **MERGES[kind])
+    return model.merge_and_unload(adapter_names=["merged"])
 
 
 @contextmanager
@@ -163,8 +182,8 @@ def joint_lora(config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpo
     """One LoRA of the experts' total rank with one head, trained on all tasks together by the experts' recipe."""
     folder = Path(config.root) / "Results" / "Lora_Finetune"
     recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite")
-    kept = ("epochs", "batch_size", "accumulation_steps", "learning_rate", "weight_decay", "warmup_epochs")
-    settings = dataclasses.replace(config, **{name: recipe[name] for name in kept})
+    kept = {field.name: recipe[field.name] for field in dataclasses.fields(TrainingFlags) if field.name in recipe}
+    settings = dataclasses.replace(config, **kept)
     base = models.load_backbone(config.model, tasks[0].classes, config.seed)
     model = models.add_lora(base, recipe["lora_rank"] * len(tasks), recipe["lora_alpha"] * len(tasks), config.seed)
     train, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
@@ -208,38 +227,39 @@ def earlier_formulation(mixture: nn.Module, head: str) -> nn.Module:
 
 
 def compare(
-    config: MixtureConfig, tasks: list[TaskData], build: Callable[[MixtureConfig], nn.Module],
-    train: Callable[[MixtureConfig, Checkpoint], nn.Module], checkpoint: Callable[[str], Checkpoint],
+    config: MixtureConfig, tasks: list[TaskData], mixture: nn.Module, build: Callable[..., nn.Module],
+    train: Callable[..., Any], checkpoint: Callable[[str], Checkpoint],
 ) -> pd.DataFrame:
-    """Evaluate the mixture and everything it is compared with; see `Comparison.table` for the result.
+    """Evaluate the finished mixture and everything it is compared with; see `Comparison.table` for the result.
 
-    build, train: make an untrained and a trained mixture; checkpoint: gives the checkpoint of a training by its name. All
-    that is trained here is trained `config.seeds` times, with the seeds from `config.seed` on; the experts are those of
-    Lora_Finetune.py every time.
+    build(config, tasks) makes an untrained mixture, train(mixture, config, tasks, checkpoint) trains it, checkpoint(name)
+    is that of a training. All that is trained is trained `config.seeds` times, with the seeds from `config.seed` on; the
+    experts are those of Lora_Finetune.py every time. Updates that are the same for every image are merged into the
+    weights, as whoever used them would.
     """
     result = Comparison(tasks, config)
     train_sets = together([data.train for data in tasks]), together([data.validation for data in tasks])
-    for repetition in range(config.seeds):
-        settings = dataclasses.replace(config, seed=config.seed + repetition)
-        mixture = train(settings, checkpoint(f"compared_mixture_{settings.seed}"))
+    for settings in (dataclasses.replace(config, seed=config.seed + number) for number in range(config.seeds)):
+        if settings.seed != config.seed:
+            mixture = build(settings, tasks)
+            train(mixture, settings, tasks, checkpoint(f"compared_mixture_{settings.seed}"))
         gates = models.trainable_parameters(mixture)
         result.add(MIXTURE, mixture, gates)
         mixture.top_k = 1
         result.add("mixture, top 1", mixture, gates)
         mixture.top_k = None
         joint = joint_lora(settings, tasks, checkpoint(f"compared_joint_{settings.seed}"))
-        result.add(JOINT, joint, models.trainable_parameters(joint))
-        earlier = earlier_formulation(build(settings), tasks[0].task.key)
-        earlier_checkpoint = checkpoint(f"compared_earlier_{settings.seed}")
-        fit(earlier, *train_sets, settings, "earlier formulation", checkpoint=earlier_checkpoint)
-        result.add("earlier formulation, mixed batches", earlier, models.trainable_parameters(earlier))
-        result.add_pure("earlier formulation, pure batches", earlier, models.trainable_parameters(earlier))
-    single = {name: f"{name} expert alone" for name in mixture.expert_names}
-    for name, method in single.items():
-        with mixture.fixed_gates({name: 1.0}):
-            result.add(method, mixture)
+        count = models.trainable_parameters(joint)
+        result.add(JOINT, joint.merge_and_unload(), count)
+        earlier = earlier_formulation(build(settings, tasks), tasks[0].task.key)
+        fit(earlier, *train_sets, settings, EARLIER, checkpoint=checkpoint(f"compared_earlier_{settings.seed}"))
+        result.add(f"{EARLIER}, mixed batches", earlier, models.trainable_parameters(earlier))
+        result.add(f"{EARLIER}, pure batches", earlier, models.trainable_parameters(earlier), pure=True)
+    single = [f"{data.task.key} expert alone" for data in tasks]
+    for method, data in zip(single, tasks, strict=True):
+        result.add(method, single_expert(config, data))
     result.add_oracle(single)
-    with mixture.fixed_gates(dict.fromkeys(single, 1 / len(single))):
+    with mixture.fixed_gates(dict.fromkeys(mixture.expert_names, 1 / len(tasks))):
         result.add("uniform mixing", mixture)
     for method, model in merged(config, tasks):
         result.add(method, model)

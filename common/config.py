@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from argparse import ArgumentDefaultsHelpFormatter
@@ -104,6 +105,8 @@ class GateFlags:
     routing_weight: float = option(
         0.1, "weight of the loss that asks the gates, in training only, for the expert of the image's task"
     )
+    add_expert: list[str] = field(default_factory=list, metadata={
+        "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture and train only the gates again"})
 
 
 def _task_fields() -> list[tuple[str, Any, Any]]:
@@ -184,6 +187,20 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
     compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")
     demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3, "epochs": 6}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compare and self.add_expert:
+            raise UserError("--compare is of the mixture of the tasks' own experts; leave --add_expert out")
+        for entry in self.add_expert:
+            if not re.fullmatch(r"\w+=.+", entry):
+                raise UserError(f"--add_expert takes NAME=FOLDER, the name of letters, digits and _, not {entry}")
+        if len(self.added_experts()) < len(self.add_expert):
+            raise UserError("--add_expert: two of the experts have one name")
+
+    def added_experts(self) -> dict[str, Path]:
+        """The experts to add: name -> folder of the adapter."""
+        return {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in self.add_expert)}
 
 
 @dataclass

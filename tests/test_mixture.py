@@ -925,6 +925,12 @@ def test_an_adapter_of_another_architecture_is_refused(all_adapters):
     assert_refused(BEIT.build(), all_adapters[BERT]["headless"])
 
 
+def test_a_head_of_another_width_than_the_base_has_is_refused(tmp_path):
+    folder = save_adapter(beit(num_labels=5), tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    with pytest.raises(MixtureError, match="'culprit' has a head of 5 outputs at 'classifier', where the base model has 3; "):
+        ContextGatedMOE.from_adapters(BEIT.build(), {"culprit": folder})
+
+
 def test_heads_of_different_width_are_refused():
     base = PLAIN.build()
     before = snapshot(base)

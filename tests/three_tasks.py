@@ -1,0 +1,40 @@
+"""A third task, for the tests only: the project as it is with one more entry in TASKS."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from common.config import SCRIPTS
+
+CLASSES = ("stripes", "bars", "checks", "plain")
+
+
+def render(label: int, rng: np.random.Generator) -> np.ndarray:
+    """A small pattern in random colours, (48, 64, 3) uint8."""
+    rows, columns = np.indices((48, 64)) // 8 % 2
+    pattern = (rows, columns, (rows + columns) % 2, np.zeros_like(rows))[label]
+    colours = rng.integers(0, 256, (2, 3))
+    return (colours[pattern] + rng.normal(0, 8, (48, 64, 3))).clip(0, 255).astype(np.uint8)
+
+
+@contextmanager
+def three_tasks() -> Iterator[type]:
+    """Import the project anew with a third task in TASKS; gives the class `Workspace` of that project.
+
+    The command line is made from TASKS when common.config is imported, so nothing less would do.
+    """
+    packages = {"common", "pipeline", *SCRIPTS}
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in packages}
+    try:
+        tasks = importlib.import_module("common.tasks").TASKS
+        third = {"key": "third", "title": "Third", "name": "patterns", "hub_id": "nobody/patterns"}
+        tasks.append(dataclasses.replace(tasks[0], **third, render=render, demo_classes=CLASSES))
+        yield importlib.import_module("pipeline").Workspace
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
+        sys.modules.update(kept)
