@@ -133,7 +133,7 @@ def test_help_tells_every_flag_and_what_the_demo_changes(monkeypatch, capsys, sc
 
 def test_a_flag_wins_over_the_demo():
     config = parse(SCRIPTS["Finetune"], ["--demo", "--root", "elsewhere", "--epochs", "3"])
-    assert (config.root, config.epochs, config.batch_size) == ("elsewhere", 3, 32)
+    assert (config.root, config.epochs, config.batch_size) == ("elsewhere", 3, 16)
 
 
 def test_a_learning_rate_of_zero_learns_nothing(unfinished):

@@ -15,15 +15,15 @@ Duo = tuple[Colour, Colour]
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
 Draw = ImageDraw.ImageDraw
+Shape = tuple[tuple[float, float], tuple[float, float]]
 
 SIZE = (160, 90)  # width and height of a frame, pixels
 
-# The board: smaller tiles and fields (as shares of the frame) make all games harder to tell apart.
-TILE_HEIGHTS = (5, 5, 6, 7, 8, 9)
+# Smaller tiles make all games harder to tell apart.
+TILE_HEIGHTS = (8, 9, 10)
 TILE_STRETCHES = (1.0, 1.0, 1.0, 1.25, 1.5)
 FEWEST_TILES = 9
-SMALLEST_FIELD = (0.5, 0.75)
-DARK_CHANCE = 0.65
+DARK_CHANCE = 0.8
 
 TILE_STYLES = ("flat", "bevel", "outline", "round", "dot", "hollow")
 # What picks the ink of a tile: its part of the game, or only its place. Every game may use every way.
@@ -126,13 +126,13 @@ def random_look(dice: random.Random) -> Look:
     )
 
 
-def random_field(dice: random.Random) -> Field:
-    """A board of random tiles, shape and place; drawn before the game, so it tells nothing about it."""
+def random_field(shape: Shape, dice: random.Random) -> Field:
+    """A board of random tiles at a random place, its width and height within these shares of the frame."""
     high = dice.choice(TILE_HEIGHTS)
     tile = round(high * dice.choice(TILE_STRETCHES)), high
     cols, rows = (
-        dice.randint(max(FEWEST_TILES, math.ceil(least * room / side)), room // side)
-        for room, side, least in zip(SIZE, tile, SMALLEST_FIELD)
+        min(max(FEWEST_TILES, round(dice.uniform(*shares) * room / side)), room // side)
+        for room, side, shares in zip(SIZE, tile, shape)
     )
     left = dice.randint(0, SIZE[0] - cols * tile[0])
     return Field(left, dice.randint(0, SIZE[1] - rows * tile[1]), cols, rows, tile)
@@ -228,9 +228,5 @@ def speckle(size: Size, colours: Duo, dice: random.Random) -> Image.Image:
     return Image.composite(flat(size, colours, dice), Image.new("RGB", size, mix(*colours, 0.5)), mask)
 
 
-BACKDROPS = (flat, flat, gradient, stars, lattice, stripes, hills, speckle)
-
-
-def random_backdrop(size: Size, colours: Duo, dice: random.Random) -> Image.Image:
-    """Any of the backdrops."""
-    return dice.choice(BACKDROPS)(size, colours, dice)
+Backdrop = Callable[[Size, Duo, random.Random], Image.Image]
+BACKDROPS: tuple[Backdrop, ...] = (flat, flat, gradient, stars, lattice, stripes, hills, speckle)

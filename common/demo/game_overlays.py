@@ -13,15 +13,15 @@ from common.demo.game_rules import TETROMINOES
 
 # How much is laid over a frame.
 MOST_HUD_PARTS = 2
-STREAM_CHANCE = 0.18
+STREAM_CHANCE = 0.1
 
 # What happens to the finished picture.
-ZOOM_CHANCE, LARGEST_ZOOM = 0.35, 1.25
-SCANLINES_CHANCE = 0.1
-BLUR_CHANCE, LARGEST_BLUR = 0.2, 0.9
-TONE_CHANCE = 0.6
-JPEG_CHANCE, JPEG_QUALITY = 0.4, (25, 80)
-NOISE_CHANCE, LARGEST_NOISE = 0.25, 8.0
+ZOOM_CHANCE, LARGEST_ZOOM = 0.1, 1.2
+SCANLINES_CHANCE = 0.05
+BLUR_CHANCE, LARGEST_BLUR = 0.1, 0.9
+TONE_CHANCE = 0.5
+JPEG_CHANCE, JPEG_QUALITY = 0.3, (25, 80)
+NOISE_CHANCE, LARGEST_NOISE = 0.15, 8.0
 
 # A glyph is five rows of three pixels; each row is one octal digit.
 GLYPHS = {
