@@ -71,7 +71,7 @@ class TrainingFlags(HardwareFlags):
     """One training loop. Reference values: the documented experiment (Adam, batch 16 x 4)."""
 
     _argument_group_name: ClassVar[str] = "training"
-    demo_defaults: ClassVar[dict[str, Any]] = {"batch_size": 32, "accumulation_steps": 1, "augment": True}
+    demo_defaults: ClassVar[dict[str, Any]] = {"batch_size": 16, "accumulation_steps": 1, "augment": True}
     epochs: int = option(25, "passes over the training images")
     batch_size: int = option(16, "images that are computed at once")
     accumulation_steps: int = option(4, "batches that make up one optimizer step")
@@ -114,7 +114,7 @@ def _task_fields() -> list[tuple[str, Any, Any]]:
     return [entry for task in TASKS for entry in (
         (f"{task.key}_source", str | None, option(
             None, f"local images for {task.name} instead of {task.hub_id}: a folder with one subfolder of images a "
-                  "class, or Parquet")),
+                  "class, a .zip of it, Parquet files, or a dataset of save_to_disk")),
         (f"{task.key}_classes", list[str], field(default_factory=list, metadata={
             "help": f"classes of {task.name} to use, in label order; by default the first four"})),
     )]
@@ -127,6 +127,10 @@ class SourceFlags(dataclasses.make_dataclass("TaskSourceFlags", _task_fields(), 
     _argument_group_name: ClassVar[str] = "sources"
     demo_defaults: ClassVar[dict[str, Any]] = {"images_per_class": "250"}
     images_per_class: str = option("1000", "images of each class, chosen by the seed; 'all' takes as many as there are")
+    split: Literal["random", "grouped"] = option(
+        "random", "how images come to train, validation and test; grouped keeps near-duplicates, such as frames of one video, on one side"
+    )
+    skip_damaged: bool = option(False, "leave damaged images out and say how many; by default the first one ends the run")
 
 
 @dataclass
