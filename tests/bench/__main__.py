@@ -1,0 +1,81 @@
+"""Run the benchmarks: `python -m tests.bench NAME ...`; without a name all of them."""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from common.config import BenchmarkConfig, UserError, parse
+from common.files import write_csv
+from common.training import device_of
+from tests.bench import growth, heads, lora, mixture, parts, scripts
+from tests.bench.measure import Settings, as_text, measure, save, write
+
+BENCHMARKS = {
+    "lora": lora.epoch, "lora_base": lora.base, "mixture_training": mixture.training, "mixture_inference": mixture.inference,
+    "heads": heads.heads, "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
+    "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
+    "evaluation_batch": parts.evaluation_batch,
+}
+DEMO = "demo"
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if os.path.exists(path) else ""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    listed = "\n".join(f"  {name:18}{' '.join(function.__doc__.split())}" for name, function in BENCHMARKS.items())
+    made = argparse.ArgumentParser(
+        "python -m tests.bench", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        epilog=f"benchmarks:\n{listed}\n  {DEMO:18}run_all --demo, script by script, with where the time goes. One round.",
+    )
+    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, DEMO], help="which to run; all by default")
+    made.add_argument("--output", type=Path, default=Path("bench_results"), help="folder of tables and pictures (default: %(default)s)")
+    made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
+    made.add_argument("--device", default="auto", help="auto takes a GPU if there is one; or cpu, cuda (default: %(default)s)")
+    made.add_argument("--quick", action="store_true", help="tiny models and one round, to see that everything runs")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, print and write every benchmark that was asked for."""
+    options = parser().parse_args(arguments)
+    device = device_of(parse(BenchmarkConfig, ["--device", options.device]))
+    name_of_machine = machine(device)
+    print(name_of_machine)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(device, 1 if options.quick else options.repeats, options.quick, Path(folder))
+        for name in options.names or [*BENCHMARKS, DEMO]:
+            print(f"\n== {name} ==", flush=True)
+            torch.manual_seed(0)
+            if name == DEMO:
+                table = scripts.run_demo(settings)
+                write_csv(options.output / "demo.csv", table)
+                save(options.output / "demo.png", scripts.picture(table, name_of_machine))
+                print(table.round(1).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
+                continue
+            times, ratios = measure(name, *BENCHMARKS[name](settings), settings)
+            write(options.output, name, times, ratios, name_of_machine)
+            print(as_text(times, ratios), flush=True)
+    print(f"\nTables and pictures are in {options.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"tests.bench: {error}")

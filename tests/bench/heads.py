@@ -1,0 +1,30 @@
+"""Base models: heads trained on features computed once, against training through the backbone at every epoch."""
+
+from common.config import BaseModelConfig, parse
+from common.training import features
+from tests.bench.lora import prepared_task, quiet_fit
+from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
+from tests.bench.setups import demo_backbone, images, twin
+
+
+def heads(settings: Settings) -> Benchmark:
+    """A base model of the demo, 10 epochs, validation included: on cached features against through the backbone."""
+    task, _ = prepared_task(settings)
+    epochs = 1 if settings.quick else 10
+    config = parse(BaseModelConfig, ["--demo", "--root", str(settings.root), "--epochs", str(epochs), "--augment", "False",
+                                     "--device", str(settings.device)])
+    model = demo_backbone(settings)
+    model.classifier.requires_grad_(True)
+    through, seen = twin(model), len(task.train) + len(task.validation)
+    flops = seen * forward_flops(model, images(settings, 1, model)[0][0])
+
+    def cached() -> None:
+        train, validation = features(model, task.train, config), features(model, task.validation, config)
+        quiet_fit(model.classifier, train, validation, config)
+
+    cases = [
+        Case("cached features", cached, epochs * seen, flops, FP32),
+        Case("through the backbone", lambda: quiet_fit(through, task.train, task.validation, config), epochs * seen, flops,
+             settings.training_precision),
+    ]
+    return cases, [Ratio("through the backbone / cached features", cases[1].name, cases[0].name, "" if settings.quick else ">= 6")]

@@ -1,0 +1,112 @@
+"""LoRA training: against transformers' Trainer and peft with images transformed on the fly, and against the limit."""
+
+import contextlib
+import dataclasses
+import io
+import random
+
+import torch
+from datasets import Dataset, load_from_disk
+from PIL import ImageOps
+from torch import nn
+from transformers import BeitImageProcessorPil, Trainer, TrainingArguments
+
+from common.config import DEMO_BACKBONE, LoraConfig, PreparationConfig, TrainingFlags, parse
+from common.data import ImageSet, TaskData, load_task, prepare
+from common.models import load_processor
+from common.tasks import TASKS
+from common.training import fit
+from tests.bench.measure import BF16, LIMIT, Benchmark, Case, Ratio, Settings, forward_flops
+from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
+
+
+def prepared_task(settings: Settings) -> tuple[TaskData, BeitImageProcessorPil]:
+    """The demo's first task in memory: 600 images to train on, 24 with `--quick`; and the image processor."""
+    processor = load_processor(str(DEMO_BACKBONE))
+    count = "10" if settings.quick else "250"
+    config = parse(PreparationConfig, ["--demo", "--root", str(settings.root), "--images_per_class", count])
+    prepare(TASKS[0], config)
+    return load_task(TASKS[0], config, processor), processor
+
+
+def quiet_fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: TrainingFlags) -> None:
+    """Train without a word."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        fit(model, train, validation, config, "benchmark")
+
+
+def on_the_fly(settings: Settings, processor: BeitImageProcessorPil) -> Dataset:
+    """The prepared training images, decoded, mirrored at random and resized whenever they are asked for."""
+    dataset = load_from_disk(str(settings.root / TASKS[0].dataset_folder))["train"]
+
+    def transform(rows: dict[str, list]) -> dict[str, object]:
+        pictures = [image.convert("RGB") for image in rows["image"]]
+        pictures = [ImageOps.mirror(image) if random.random() < 0.5 else image for image in pictures]
+        return {"pixel_values": processor(pictures, return_tensors="pt").pixel_values, "labels": rows["label"]}
+
+    return dataset.with_transform(transform)
+
+
+def collate(rows: list[dict[str, object]]) -> dict[str, torch.Tensor]:
+    """A batch of transformed rows."""
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": torch.tensor([row["labels"] for row in rows])}
+
+
+def trainer_epoch(model: nn.Module, dataset: Dataset, config: LoraConfig, settings: Settings, precision: str) -> None:
+    """An epoch as the public image-classification example of transformers runs it."""
+    arguments = TrainingArguments(
+        output_dir=str(settings.root / "trainer"), per_device_train_batch_size=config.batch_size, num_train_epochs=1,
+        learning_rate=config.learning_rate, bf16=precision == BF16, use_cpu=settings.device.type == "cpu",
+        remove_unused_columns=False, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        Trainer(model, arguments, data_collator=collate, train_dataset=dataset).train()
+
+
+def epoch(settings: Settings) -> Benchmark:
+    """LoRA on the demo backbone: an epoch and a step, ours against transformers' Trainer and peft with images transformed
+    on the fly."""
+    precision, (task, processor) = settings.training_precision, prepared_task(settings)
+    config = parse(LoraConfig, ["--demo", "--root", str(settings.root), "--epochs", "1", "--device", str(settings.device)])
+    plain = demo_backbone(settings)
+    flops, batch = 2 * forward_flops(plain, images(settings, 1, plain)[0][0]), images(settings, config.batch_size, plain)
+    ours, theirs = lora(plain), peft_lora(demo_backbone(settings, "sdpa"))  # transformers takes sdpa by itself
+    dataset, count = on_the_fly(settings, processor), len(task.train)
+    # An epoch of ours ends with a validation, theirs does not.
+    few = dataclasses.replace(task.validation, inputs=task.validation.inputs[:4], labels=task.validation.labels[:4])
+    step, their_step = (training_step(model, batch, settings, precision, **optimizer)
+                        for model, optimizer in ((ours, {}), (theirs, {"fused": True})))  # the Trainer's own choice
+    cases = [
+        Case("epoch, ours", lambda: quiet_fit(ours, task.train, few, config), count, flops * count, precision),
+        Case("epoch, Trainer + peft, on the fly", lambda: trainer_epoch(theirs, dataset, config, settings, precision), count,
+             flops * count, precision),
+        Case("step, ours", step, config.batch_size, flops * config.batch_size, precision),
+        Case("step, peft", their_step, config.batch_size, flops * config.batch_size, precision),
+    ]
+    return cases, [
+        Ratio("epoch: Trainer + peft on the fly / ours", cases[1].name, cases[0].name, ">= 2.5"),
+        Ratio("step: peft / ours", cases[3].name, cases[2].name),
+    ]
+
+
+def base(settings: Settings) -> Benchmark:
+    """LoRA at BEiT-base size, batch 16: a training step against two forward passes, and against their operations at the
+    rate of matrix products."""
+    count, precision, plain = 16, settings.training_precision, beit(settings)
+    batch, flops = images(settings, count, plain), count * forward_flops(plain, images(settings, 1, plain)[0][0])
+    unmodified = twin(plain)
+    unmodified.set_attn_implementation("sdpa")
+    cases = [
+        Case("step, ours", training_step(lora(plain), batch, settings, precision), count, 2 * flops, precision),
+        Case("step, peft", training_step(peft_lora(unmodified), batch, settings, precision), count, 2 * flops, precision),
+        Case("forward of the base", forward(plain, batch[0], settings, precision), count, flops, precision),
+        Case("forward of the base, transformers' attention", forward(unmodified, batch[0], settings, precision), count, flops,
+             precision),
+    ]
+    return cases, [
+        Ratio("limit (2 forward passes' operations) / step", LIMIT, cases[0].name, ">= 0.5"),
+        Ratio("2 forward passes / step", cases[2].name, cases[0].name, ">= 0.8", factor=2),
+        Ratio("2 forward passes with transformers' attention / step", cases[3].name, cases[0].name, factor=2),
+        Ratio("step: peft / ours", cases[1].name, cases[0].name),
+    ]

@@ -1,0 +1,51 @@
+"""The mixture: against one adapter, the base model, X-LoRA's loop over adapters and the earlier formulation."""
+
+from torch import nn
+
+from common.comparison import earlier_formulation
+from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
+from tests.bench.setups import beit, experts, forward, images, lora, mixture, peft_lora, training_step, twin
+from tests.bench.xlora import XLora
+
+WANTED = {2: (">= 1.5", ">= 1.8"), 8: (">= 2", ">= 3")}  # experts -> X-LoRA's loop / mixture, in training and in inference
+
+
+def _models(settings: Settings) -> dict[str, nn.Module]:
+    """All that is compared, on the same frozen weights."""
+    plain = beit(settings)
+    found: dict[str, nn.Module] = {"base model": plain, "LoRA, peft": peft_lora(plain), "LoRA, ours": lora(plain)}
+    for count in WANTED:
+        found[f"mixture of {count}"] = mixture(plain, count)
+        found[f"X-LoRA loop of {count}"] = XLora(twin(plain), experts(plain, count))
+        earlier = mixture(plain, count)
+        found[f"earlier formulation of {count}"] = earlier_formulation(earlier, earlier.expert_names[0])
+    return found
+
+
+def training(settings: Settings) -> Benchmark:
+    """A training step of the mixture at BEiT-base size, batch 16."""
+    count, precision, models = 16, settings.training_precision, _models(settings)
+    plain = models.pop("base model")
+    batch = images(settings, count, plain)
+    flops = 2 * count * forward_flops(plain, batch[0][0])
+    cases = [Case(name, training_step(model, batch, settings, precision), count, flops, precision) for name, model in models.items()]
+    ratios = [Ratio("mixture of 2 / one LoRA, peft", "mixture of 2", "LoRA, peft", "<= 1.1"),
+              Ratio("mixture of 2 / one LoRA, ours", "mixture of 2", "LoRA, ours")]
+    for number, (wanted, _) in WANTED.items():
+        ratios += [Ratio(f"X-LoRA loop / mixture, {number} experts", f"X-LoRA loop of {number}", f"mixture of {number}", wanted),
+                   Ratio(f"earlier formulation / mixture, {number} experts", f"earlier formulation of {number}", f"mixture of {number}")]
+    return cases, ratios
+
+
+def inference(settings: Settings) -> Benchmark:
+    """A forward pass of the mixture at BEiT-base size, batch 16, in fp32 as everything is evaluated."""
+    count, models = 16, _models(settings)
+    batch = images(settings, count, models["base model"])[0]
+    flops = count * forward_flops(models["base model"], batch[0])
+    cases = [Case(name, forward(model, batch, settings, FP32), count, flops, FP32) for name, model in models.items()]
+    ratios = [Ratio("mixture of 2 / base model", "mixture of 2", "base model"),
+              Ratio("mixture of 2 / one LoRA, peft", "mixture of 2", "LoRA, peft")]
+    for number, (_, wanted) in WANTED.items():
+        ratios += [Ratio(f"X-LoRA loop / mixture, {number} experts", f"X-LoRA loop of {number}", f"mixture of {number}", wanted),
+                   Ratio(f"earlier formulation / mixture, {number} experts", f"earlier formulation of {number}", f"mixture of {number}")]
+    return cases, ratios

@@ -1,0 +1,59 @@
+"""The whole demo, script by script, and where its time goes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from common.config import SCRIPTS, UserError
+from tests.bench.measure import Settings
+from tests.bench.phases import PHASES
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run_demo(settings: Settings) -> pd.DataFrame:
+    """Run the demo's scripts in a fresh root, with `--quick` only the first. Returns a row for each: seconds in all, by phase."""
+    rows, root = [], settings.root / "demo"
+    root.mkdir()
+    for script, config in list(SCRIPTS.items())[:1 if settings.quick else None]:
+        profile, flags = root / f"{script}.json", ["--demo", "--root", str(root)]
+        if "device" in {field.name for field in dataclasses.fields(config)}:
+            flags += ["--device", str(settings.device)]
+        if settings.quick:
+            flags += ["--images_per_class", "10"]
+        command = [sys.executable, "-m", "tests.bench.phases", profile, PROJECT / f"{script}.py", *flags]
+        started = time.perf_counter()
+        done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise UserError(f"{script}.py ended with status {done.returncode}: {done.stderr.strip()}")
+        spent = {phase: 0.0 for phase in PHASES} | json.loads(profile.read_text(encoding="utf-8"))
+        spent["other"] += max(0.0, seconds - sum(spent.values()))  # the interpreter's own start and end
+        rows.append({"script": script, "seconds": seconds, **spent})
+    return pd.DataFrame(rows)
+
+
+def picture(table: pd.DataFrame, machine: str) -> Figure:
+    """Seconds of every script, by phase."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    left = pd.Series(0.0, index=table.index)
+    for phase in PHASES:
+        axes.barh(table.index, table[phase], left=left, label=phase)
+        left += table[phase]
+    for index, seconds in enumerate(table["seconds"]):
+        axes.annotate(f"{seconds:.0f} s", (seconds, index), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(table.index, table["script"])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * table["seconds"].max())
+    axes.set_xlabel("seconds")
+    axes.set_title(f"the demo, script by script: {table['seconds'].sum():.0f} s in all\n{machine}", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure

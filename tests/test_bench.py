@@ -1,0 +1,130 @@
+"""Tests of the benchmarks: each runs, and measures what it says; none looks at a time."""
+
+import json
+import sys
+import threading
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from ContextGatedMOE import Expert
+from pipeline import tiny_beit
+from tests.bench.__main__ import BENCHMARKS, main
+from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
+from tests.bench.phases import PHASES, phase_of, profile
+from tests.bench.setups import experts, twin
+from tests.bench.xlora import XLora
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """What a quick run of all benchmarks but the demo writes."""
+    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    torch.set_num_threads(1)  # models as tiny as these only wait for more
+    main(["--quick", "--device", "cpu", "--output", str(folder), *BENCHMARKS])
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Quick measurements on the CPU."""
+    return Settings(torch.device("cpu"), 3, True, tmp_path)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_writes_its_times(output, name):
+    times = pd.read_csv(output / f"{name}.csv")
+    assert (times["benchmark"] == name).all() and times["case"].is_unique and (times["rounds"] == 1).all()
+    assert (times["seconds_low"] <= times["seconds"]).all() and (times["seconds"] <= times["seconds_high"]).all()
+    numbers = times[["seconds_low", "images", "images_per_second", "gflop", "gemm_gflop_per_second", "of_the_limit"]]
+    assert (numbers > 0).all(axis=None)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_writes_its_ratios_and_a_picture(output, name):
+    try:
+        ratios = pd.read_csv(output / f"{name}_ratios.csv")
+    except pd.errors.EmptyDataError:
+        ratios = pd.DataFrame({"low": [], "ratio": [], "high": []})
+    assert ((0 < ratios["low"]) & (ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
+    with Image.open(output / f"{name}.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_help_lists_every_benchmark(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in [*BENCHMARKS, "demo"])
+
+
+def test_cases_take_turns(settings):
+    calls = []
+    cases = [Case(name, lambda name=name: calls.append(name), 2, 1e6, "fp32") for name in "ab"]
+    times, ratios = measure("turns", cases, [Ratio("a / b", "a", "b"), Ratio("limit / a", LIMIT, "a", factor=2)], settings)
+    assert calls == list("ab") * 4  # the first round warms up
+    assert list(times["case"]) == ["a", "b"] and list(times["rounds"]) == [3, 3]
+    assert list(ratios["what"]) == ["a / b", "limit / a"]
+
+
+def test_operations_are_those_of_the_matrix_products():
+    """16 patches and the class token, two blocks of width 32, by hand."""
+    model, tokens = tiny_beit(0, num_labels=4), 17
+    linear = 2 * tokens * (4 * 32 * 32 + 2 * 32 * 64)
+    attention = 2 * 2 * tokens * tokens * 32
+    patches, head = 2 * 16 * 32 * (3 * 8 * 8), 2 * 32 * 4
+    assert forward_flops(model, torch.randn(3, 32, 32)) == 2 * (linear + attention) + patches + head
+
+
+def test_the_xlora_loop_over_equal_experts_is_that_one_adapter():
+    base, images = tiny_beit(0, num_labels=4).eval(), torch.randn(3, 3, 32, 32)
+    one = experts(base, 1)[0]
+    loop = XLora(twin(base), [Expert("a", one.updates), Expert("b", one.updates)])
+    torch.nn.init.normal_(loop.weigh.weight)
+    model = get_peft_model(twin(base), LoraConfig(r=16, lora_alpha=16, target_modules=[name.rpartition(".")[2] for name in one.updates]))
+    with torch.no_grad():
+        for name, (down, up) in one.updates.items():
+            layer = model.get_base_model().get_submodule(name)
+            layer.lora_A["default"].weight.copy_(down)
+            layer.lora_B["default"].weight.copy_(up)
+        expected = model(images).logits
+        assert torch.allclose(loop(images).logits, expected, atol=1e-5)
+        assert not torch.allclose(base(images).logits, expected, atol=1e-3)
+
+
+def test_only_the_weighing_of_an_xlora_loop_learns():
+    base = tiny_beit(0, num_labels=4)
+    loop = XLora(twin(base), experts(base, 2))
+    loop(torch.randn(2, 3, 32, 32)).logits.sum().backward()
+    assert {name for name, parameter in loop.named_parameters() if parameter.grad is not None} == {"weigh.weight", "weigh.bias"}
+
+
+def frame_in(file, function, below):
+    """Run `below` in a function of this name, in a file of this name."""
+    space = {"below": below}
+    exec(compile(f"def {function}():\n    return below()", file, "exec"), space)
+    return space[function]
+
+
+def test_a_moment_belongs_to_its_innermost_known_call():
+    here = lambda: phase_of(sys._getframe())  # noqa: E731
+    evaluating = frame_in("/x/common/training.py", "evaluate", here)
+    assert evaluating() == "evaluation"
+    assert frame_in("/x/common/training.py", "fit", evaluating)() == "evaluation"
+    assert frame_in("/x/common/training.py", "fit", here)() == "training"
+    assert frame_in("/x/elsewhere.py", "fit", here)() == "other"
+
+
+def test_a_profiled_script_runs_as_from_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script, written = tmp_path / "script.py", tmp_path / "profile.json"
+    script.write_text("import sys, time\nif __name__ == '__main__':\n    time.sleep(0.1)\n    open(sys.argv[1], 'w').close()\n")
+    profile(str(script), [str(tmp_path / "made")], written)
+    spent = json.loads(written.read_text())
+    assert (tmp_path / "made").exists() and set(spent) <= set(PHASES) and spent["other"] > 0
+    assert threading.active_count() == 1 or all(thread.name != "look" for thread in threading.enumerate())
