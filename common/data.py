@@ -1,45 +1,41 @@
-"""Images: from their sources to a prepared DatasetDict on disk, and from there to tensors in memory."""
+"""Images: from their sources to a prepared dataset on disk, and from there to tensors in memory."""
 
 import hashlib
-import io
 import json
 import logging
-import os
-import sys
-import zlib
+import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import (
-    ClassLabel, Dataset, DatasetDict, Features, Image, disable_progress_bars, load_dataset, load_from_disk,
-)
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import HTTPError
+from datasets import disable_progress_bars
 from PIL import Image as PILImage
-from PIL import ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
+from common import duplicates
 from common.config import PreparationConfig, RunFlags, UserError
-from common.files import command, read_json, write_json, writing
+from common.files import command, locked, sweep, tensor_fingerprint, tidy, write_json, writing
+from common.hub import hub_source
+from common.prepared import MANIFEST_FILE, Row, fingerprint, read_manifest, read_split, write_splits
+from common.reading import CORES, Images, in_order, read_images
+from common.sources import Source, demo_source, local_source
+from common.splits import FEWEST, SPLITS, choose, grouped_split, random_split
 from common.tasks import Task
 
-MANIFEST_FILE = "manifest.json"
 GENERATED = "generated"  # the source of the demo's images
-SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
-CLASSES_PER_TASK = 4
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 for library in ("datasets", "huggingface_hub"):  # what they try again is no news; what fails is told here, in one line
     logging.getLogger(library).setLevel(logging.CRITICAL)
-if not sys.stderr.isatty():
-    disable_progress_bars()
+disable_progress_bars()
 
 
 @dataclass
@@ -73,7 +69,11 @@ class ImageSet:
 
 @dataclass
 class TaskData:
-    """One prepared task in memory. fingerprint: SHA-256 of the prepared images and labels."""
+    """One prepared task in memory.
+
+    fingerprint: SHA-256 of the prepared images and labels. near_duplicates_in_test: how many test images have a
+    near-duplicate in train.
+    """
 
     task: Task
     classes: list[str]
@@ -81,50 +81,41 @@ class TaskData:
     validation: ImageSet
     test: ImageSet
     fingerprint: str
+    near_duplicates_in_test: int
 
 
-def prepare(task: Task, config: PreparationConfig) -> dict:
+def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
     """Make the folder of prepared data of one task, unless it is there already; return its manifest.
 
-    Raises UserError if the source cannot be had or used, or the folder holds data made with other settings.
+    Raises UserError if the source cannot be had or used, the folder holds data made with other settings, or another run is
+    at work in the root folder.
     """
     folder = Path(config.root) / task.dataset_folder
     wanted = {
-        "demo": config.demo, "source": _source_name(task, config), "seed": config.seed,
+        "demo": config.demo, "source": _source_name(task, config), "seed": config.seed, "split": config.split,
         "images_per_class": config.images_per_class, "requested_classes": getattr(config, f"{task.key}_classes"),
     }
-    if (folder / MANIFEST_FILE).exists() and not config.overwrite:
-        manifest = read_manifest(task, config)
-        for key, value in wanted.items():
-            if manifest.get(key) != value:
-                raise UserError(f"{folder} was made with {key} = {manifest.get(key)}, not {value}; add --overwrite to make "
-                                "it anew, or choose another --root")
-        return manifest
-    if folder.exists() and not config.overwrite:
-        raise UserError(f"{folder} exists, but Data_Preparation.py did not make it; add --overwrite to replace it, or choose "
-                        "another --root")
-    dataset = _demo_images(task, config) if wanted["source"] == GENERATED else _read_source(task, config)
-    dataset, classes = _choose(dataset, task, config)
-    splits = _split(dataset, config.seed)
-    manifest = {
-        **wanted, "classes": classes, "images": {name: len(split) for name, split in splits.items()},
-        "fingerprint": _fingerprint(splits),
-    }
-    with writing(folder) as part:
-        splits.save_to_disk(part)
-        write_json(part / MANIFEST_FILE, manifest)
-    return manifest
-
-
-def read_manifest(task: Task, config: RunFlags) -> dict:
-    """What the prepared data of a task were made from. Raises UserError if there are none."""
-    folder = Path(config.root) / task.dataset_folder
-    if not (folder / MANIFEST_FILE).exists():
-        raise UserError(f"there are no images of {task.name} in {folder}; run {command('Data_Preparation', config)}")
-    mend = f"run {command('Data_Preparation', config)} --overwrite"
-    manifest = read_json(folder / MANIFEST_FILE, mend)
-    if not {"classes", "fingerprint", "images"} <= set(manifest):
-        raise UserError(f"{folder / MANIFEST_FILE} is damaged; {mend}")
+    with locked(folder.parent):
+        tidy(folder)
+        if (folder / MANIFEST_FILE).exists() and not config.overwrite:
+            manifest = read_manifest(task, config)
+            for key, value in wanted.items():
+                if manifest.get(key) != value:
+                    raise UserError(f"{folder} was made with {key} = {manifest.get(key)}, not {value}; add --overwrite to make "
+                                    "it anew, or choose another --root")
+            return manifest
+        if folder.exists() and not config.overwrite:
+            raise UserError(f"{folder} exists, but Data_Preparation.py did not make it; add --overwrite to replace it, or "
+                            "choose another --root")
+        source = _source(task, config)
+        classes, rows, labels = choose(source, task, config)
+        source.fetch(rows)
+        with writing(folder) as part:
+            part.mkdir()
+            with tempfile.TemporaryFile(dir=part) as file:
+                images = read_images(source, rows, file, task, config.skip_damaged)
+                manifest = {**wanted, **_write(part, images, labels, classes, config)}
+            write_json(part / MANIFEST_FILE, manifest)
     return manifest
 
 
@@ -133,177 +124,35 @@ def _source_name(task: Task, config: PreparationConfig) -> str:
     return str(Path(local).resolve()) if local else GENERATED if config.demo else task.hub_id
 
 
-# ---- sources: each returns a Dataset with columns image (encoded bytes or path) and label (ClassLabel) ----
-
-
-def _demo_images(task: Task, config: PreparationConfig) -> Dataset:
-    """Generate the demo's images, the same for the same seed, on all cores."""
+def _source(task: Task, config: PreparationConfig) -> Source:
+    if local := getattr(config, f"{task.key}_source"):
+        return local_source(Path(local), task)
+    if not config.demo:
+        return hub_source(task)
     if config.images_per_class == "all":
         raise UserError("--images_per_class all needs a source with an end; --demo can generate any number, say how many")
-    per_class = int(config.images_per_class)
-    jobs = [(task, config.seed, label, index) for label in range(len(task.demo_classes)) for index in range(per_class)]
-    with ProcessPoolExecutor() as pool:
-        images = list(tqdm(pool.map(_demo_image, jobs, chunksize=16), total=len(jobs), desc=f"{task.name}: drawing", unit="image", disable=None))
-    labels = [label for _, _, label, _ in jobs]
-    return Dataset.from_dict({"image": images, "label": labels}, features=_features(list(task.demo_classes)))
+    return demo_source(task, config.seed, int(config.images_per_class))
 
 
-def _demo_image(job: tuple[Task, int, int, int]) -> dict:
-    task, seed, label, index = job
-    rng = np.random.default_rng([zlib.crc32(task.key.encode()), seed, label, index])
-    return {"bytes": _png(PILImage.fromarray(task.render(label, rng))), "path": None}
-
-
-def _read_source(task: Task, config: PreparationConfig) -> Dataset:
-    local = getattr(config, f"{task.key}_source")
-    dataset = _read_local(Path(local), task) if local else _read_hub(task)
-    if not {"image", "label"} <= set(dataset.column_names):
-        raise UserError(f"{local or task.hub_id} has no columns 'image' and 'label' but {', '.join(dataset.column_names)}")
-    try:
-        dataset = dataset.select_columns(["image", "label"]).cast_column("image", Image(decode=False))
-        return dataset if isinstance(dataset.features["label"], ClassLabel) else dataset.class_encode_column("label")
-    except (NotImplementedError, TypeError, ValueError) as error:  # what Arrow and datasets raise for a cast
-        raise UserError(f"{local or task.hub_id}: column 'image' or 'label' does not hold images or class labels ({error})") from error
-
-
-def _read_hub(task: Task) -> Dataset:
-    """Download the training split from the Hub. Raises UserError with the way out if that fails."""
-    offline = f"use --demo for generated images, or --{task.key}_source FOLDER for a local copy"
-    print(f"{task.name}: fetching {task.hub_id} from the Hub", flush=True)
-    try:
-        return load_dataset(task.hub_id, split="train")
-    except DatasetNotFoundError as error:
-        raise UserError(f"the Hub has no dataset {task.hub_id} that you may read; {offline}") from error
-    except (OSError, ValueError, DatasetsError, HTTPError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(f"{task.hub_id} could not be fetched from the Hub ({reason}); check the network, or {offline}") from error
-
-
-def _read_local(source: Path, task: Task) -> Dataset:
-    """Open a folder of class subfolders of images, a folder of Parquet files, or one Parquet file."""
-    if not source.exists():
-        raise UserError(f"--{task.key}_source: {source} does not exist")
-    parquet = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
-    if parquet:
-        try:
-            return Dataset.from_parquet([str(path) for path in parquet])
-        except (OSError, ValueError, DatasetsError) as error:
-            raise UserError(f"--{task.key}_source: {source} cannot be read as Parquet ({error.__cause__ or error})") from error
-    folders = _class_folders(source)
-    if not folders:
-        raise UserError(f"--{task.key}_source: {source} has neither subfolders with images nor Parquet files")
-    paths = [(str(path), label) for label, folder in enumerate(folders) for path in _images_in(folder)]
-    return Dataset.from_dict(
-        {"image": [path for path, _ in paths], "label": [label for _, label in paths]},
-        features=_features([folder.name for folder in folders]),
-    )
-
-
-def _class_folders(source: Path) -> list[Path]:
-    """The subfolders that hold images, by name; one level deeper if the download is wrapped in a single folder."""
-    folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [folder for folder in folders if _images_in(folder)]
-    return found or (_class_folders(folders[0]) if len(folders) == 1 else [])
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_FILES and not path.name.startswith("."))
-
-
-def _features(classes: list[str]) -> Features:
-    return Features({"image": Image(decode=False), "label": ClassLabel(names=classes)})
-
-
-# ---- choosing, splitting, cleaning ----
-
-
-def _choose(dataset: Dataset, task: Task, config: PreparationConfig) -> tuple[Dataset, list[str]]:
-    """Keep the wanted classes, as labels 0 to C - 1 in the wanted order, and a seeded choice of images of each."""
-    names = dataset.features["label"].names
-    classes = getattr(config, f"{task.key}_classes") or names[:CLASSES_PER_TASK]
-    for name in classes:
-        if name not in names:
-            raise UserError(f"--{task.key}_classes: there is no class {name!r}; there are {', '.join(names)}")
-    if len(set(classes)) < max(2, len(classes)):
-        raise UserError(f"--{task.key}_classes: needs two or more different classes, not {', '.join(classes)}")
-    labels = np.array(dataset["label"])
-    rng = np.random.default_rng(config.seed)
-    chosen = []
-    for name in classes:
-        rows = np.flatnonzero(labels == names.index(name))
-        count = len(rows) if config.images_per_class == "all" else int(config.images_per_class)
-        if len(rows) < max(count, 5):
-            raise UserError(f"class {name!r} of {task.name} has {len(rows)} images, fewer than {max(count, 5)}; "
-                            "lower --images_per_class or choose other classes")
-        chosen.append(np.sort(rng.permutation(rows)[:count]))
-    position = {names.index(name): label for label, name in enumerate(classes)}
-    rows = np.concatenate(chosen)
-    dataset = dataset.select(rows).map(
-        lambda row, index: {"image": _as_rgb(row["image"], rows[index], task), "label": position[row["label"]]},
-        with_indices=True, features=_features(classes), load_from_cache_file=False, desc=f"{task.name}: reading",
-    )
-    return dataset, classes
-
-
-def _as_rgb(image: dict | None, row: int, task: Task) -> dict:
-    """The encoded image as it is if it is upright RGB, else as an RGB PNG.
-
-    row: its number in the source. Raises UserError if it is damaged or missing.
-    """
-    if not image or not (image["bytes"] or image["path"]):
-        raise UserError(f"there is no image in row {row} of {task.name}; remove the row or put one in")
-    source = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
-    try:
-        with PILImage.open(source) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            upright.load()
-            if opened.mode == "RGB" and upright.size == opened.size and not opened.getexif().get(0x0112, 1) > 1:
-                return {"bytes": image["bytes"] or Path(image["path"]).read_bytes(), "path": None}
-            return {"bytes": _png(to_rgb(upright)), "path": None}
-    except Exception as error:  # decoders of damaged files raise whatever comes up, AttributeError and KeyError too
-        where = f"row {row}" + (f" ({image['path']})" if image.get("path") else "")
-        raise UserError(f"the image in {where} of {task.name} is damaged: {error}; remove or replace it") from error
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Convert any image Pillow opens: transparency over white, 16 bits a channel scaled to 8."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I") else max(values.max(), 1.0)
-        return PILImage.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _png(image: PILImage.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _split(dataset: Dataset, seed: int) -> DatasetDict:
-    """Cut every class 60/20/20, then shuffle each split; both by the seed."""
-    rng = np.random.default_rng(seed)
-    labels = np.array(dataset["label"])
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        ends = np.round(np.cumsum(list(SPLITS.values())) * len(rows)).astype(int)
-        for name, part in zip(SPLITS, np.split(rows, ends[:-1]), strict=True):
-            parts[name].append(part)
-    splits = {name: dataset.select(rng.permutation(np.concatenate(part))) for name, part in parts.items()}
-    return DatasetDict(splits).cast_column("image", Image())
-
-
-def _fingerprint(splits: DatasetDict) -> str:
-    digest = hashlib.sha256()
-    for name, split in splits.items():
-        digest.update(name.encode())
-        for row in split.cast_column("image", Image(decode=False)):
-            digest.update(hashlib.sha256(row["image"]["bytes"]).digest() + bytes([row["label"]]))
-    return digest.hexdigest()
+def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str], config: PreparationConfig) -> dict[str, Any]:
+    """Split the images and write them; return what the manifest tells of them. labels: (N,), of the damaged ones too."""
+    kept = np.flatnonzero(images.kept)
+    for label, name in enumerate(classes):
+        if (count := (labels[kept] == label).sum()) < FEWEST:
+            raise UserError(f"class {name!r} has only {count} images that are not damaged; choose other classes or more images")
+    if config.split == "grouped":
+        splits = grouped_split(labels[kept], duplicates.groups(images.hashes[kept]), config.seed, classes)
+    else:
+        splits = random_split(labels[kept], config.seed)
+    splits = {name: kept[places] for name, places in splits.items()}
+    digest = fingerprint({name: [(images.digests[i], int(labels[i])) for i in places] for name, places in splits.items()})
+    rows = {name: zip(images.contents(places), labels[places].tolist(), strict=True) for name, places in splits.items()}
+    write_splits(folder, rows, classes, digest)
+    near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
+    return {
+        "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
+        "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
+    }
 
 
 # ---- tensors ----
@@ -318,36 +167,62 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
     folder = Path(config.root) / task.dataset_folder
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
     cache = folder / f"pixels_{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
-    wanted = {f"{name}.{part}" for name in SPLITS for part in ("images", "labels")}
-    try:
-        tensors = load_file(cache)
-    except (FileNotFoundError, SafetensorError):
-        tensors = {}
-    if set(tensors) != wanted:
-        try:
-            splits = load_from_disk(str(folder))
-            tensors = {key: value for name in SPLITS for key, value in _tensors(name, splits[name], processor).items()}
-        except (OSError, ValueError, KeyError, SyntaxError) as error:
-            raise UserError(f"{folder} is damaged ({error}); run {command('Data_Preparation', config)} --overwrite") from error
-        with writing(cache) as part:
-            save_file(tensors, part)
+    with locked(folder, wait=True):  # two scripts may want to resize at once
+        sweep(folder)
+        tensors = _cached(cache, manifest)
+        if not tensors:
+            tensors = _resized(folder, manifest, processor, f"run {command('Data_Preparation', config)} --overwrite")
+            with writing(cache) as part:
+                save_file(tensors, part, {"of": _checksum(tensors, manifest)})
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     sets = {name: ImageSet(tensors[f"{name}.images"], tensors[f"{name}.labels"], mean, std) for name in SPLITS}
-    return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"])
+    return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"],
+                    near_duplicates_in_test=manifest["near_duplicates_in_test"])
 
 
-def _tensors(name: str, split: Dataset, processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """Resized images (N, 3, S, S) uint8 and labels (N,) of one split; threads share the decoding."""
+def _cached(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The resized images on disk; nothing if there are none, or they are damaged or of other images."""
+    try:
+        with safe_open(path, "pt") as file:
+            written = file.metadata()
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+    return tensors if written == {"of": _checksum(tensors, manifest)} else {}
 
-    def pixels(rows: list[int]) -> torch.Tensor:
-        images = [image.convert("RGB") for image in split[rows]["image"]]
-        resized = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
-        return resized.to(torch.uint8)
 
-    chunks = [list(range(start, min(start + 32, len(split)))) for start in range(0, len(split), 32)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(pixels, chunks), total=len(chunks), desc=f"resizing {name}", leave=False, disable=None)
-        return {f"{name}.images": torch.cat(list(bar)), f"{name}.labels": torch.tensor(split["label"])}
+def _checksum(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str:
+    return f"{manifest['fingerprint']} {tensor_fingerprint(tensors)}"
+
+
+def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcessor, mend: str) -> dict[str, torch.Tensor]:
+    """Images (N, 3, S, S) uint8 and labels (N,) of every split, resized on all cores.
+
+    Raises UserError, ending with `mend`, if they are not those of the manifest.
+    """
+    def resized(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
+        images = [PILImage.open(BytesIO(content)).convert("RGB") for content, _ in rows]
+        pixels = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+        return pixels.to(torch.uint8), [(hashlib.sha256(content).digest(), label) for content, label in rows]
+
+    tensors, found = {}, {}
+    try:
+        for name in SPLITS:
+            count = manifest["images"][name]
+            images, known = torch.empty(0), []
+            with ThreadPoolExecutor(CORES) as pool, tqdm(desc=f"resizing {name}", total=count, leave=False, disable=None) as bar:
+                for pixels, rows in in_order(pool, resized, read_split(folder, name)):
+                    images = images if known else torch.empty((count, *pixels.shape[1:]), dtype=torch.uint8)
+                    images[len(known) : len(known) + len(rows)] = pixels
+                    known += rows
+                    bar.update(len(rows))
+            tensors[f"{name}.images"], tensors[f"{name}.labels"] = images, torch.tensor([label for _, label in known])
+            found[name] = known
+        if fingerprint(found) != manifest["fingerprint"]:
+            raise ValueError("its images are not those of its manifest")
+    except (OSError, ValueError, RuntimeError, SyntaxError, KeyError, pa.ArrowException) as error:  # as decoders raise them
+        raise UserError(f"{folder} is damaged ({error}); {mend}") from error
+    return tensors
 
 
 def together(sets: list[ImageSet]) -> ImageSet:

@@ -125,7 +125,8 @@ class Results:
     def row(self, data: TaskData, table: pd.DataFrame, fitted: Fit | None = None, trainable: int = 0) -> dict[str, Any]:
         """One line of the summary from a table of predictions; time and speed are those of training."""
         return {
-            "method": self.name, "task": data.task.title, **scores(table), "trainable_parameters": trainable,
+            "method": self.name, "task": data.task.title, **scores(table),
+            "near_duplicates_in_test": data.near_duplicates_in_test, "trainable_parameters": trainable,
             "seconds": fitted.seconds if fitted else 0.0,
             "images_per_second": fitted.images / fitted.seconds if fitted else 0.0, "peak_memory_mib": peak_memory(),
         }

@@ -3,15 +3,17 @@
 import hashlib
 import io
 import json
+import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
@@ -35,17 +37,28 @@ def png(label: int, index: int) -> bytes:
     return buffer.getvalue()
 
 
-def image_dataset(classes: list[str], per_class: int) -> Dataset:
+def noisy_png(label: int, index: int) -> bytes:
+    """A PNG of noise, about 8 KB, whose corner is of that colour; `index` may have any size, for its upper digits are below."""
+    pixels = np.random.default_rng([label, index]).integers(0, 256, (52, 52, 3), dtype=np.uint8)
+    pixels[0, 0], pixels[1, 0] = colour(label, index % 256), index // 256
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def image_dataset(classes: list[str], counts: int | list[int], draw: Callable[[int, int], bytes] = png) -> Dataset:
     """Rows sorted by label, as `datasets` keeps them: image (encoded bytes and path), label (ClassLabel)."""
-    keys = [(label, index) for label in range(len(classes)) for index in range(per_class)]
-    images = [{"bytes": png(*key), "path": f"{key[0]}_{key[1]}.png"} for key in keys]
+    counts = [counts] * len(classes) if isinstance(counts, int) else counts
+    keys = [(label, index) for label, count in enumerate(counts) for index in range(count)]
+    images = [{"bytes": draw(*key), "path": f"{key[0]}_{key[1]}.png"} for key in keys]
     features = Features({"image": Image(), "label": ClassLabel(names=classes)})
     return Dataset.from_dict({"image": images, "label": [label for label, _ in keys]}, features=features)
 
 
-def dataset_repo(classes: list[str], per_class: int, shards: int) -> Files:
+def dataset_repo(classes: list[str], counts: int | list[int], shards: int, rows_per_group: int | None = None,
+                 draw: Callable[[int, int], bytes] = png) -> Files:
     """A published image dataset: one split `train` in several Parquet files, and a card that describes them."""
-    dataset = image_dataset(classes, per_class)
+    dataset = image_dataset(classes, counts, draw)
     names = "".join(f"          '{label}': {name}\n" for label, name in enumerate(classes))
     card = ("---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
             f"      class_label:\n        names:\n{names}  splits:\n  - name: train\n    num_examples: {len(dataset)}\n"
@@ -53,7 +66,7 @@ def dataset_repo(classes: list[str], per_class: int, shards: int) -> Files:
     files = {"README.md": card.encode()}
     for shard in range(shards):
         buffer = io.BytesIO()
-        dataset.shard(shards, shard, contiguous=True).to_parquet(buffer)
+        dataset.shard(shards, shard, contiguous=True).to_parquet(buffer, batch_size=rows_per_group)
         files[f"data/train-{shard:05d}-of-{shards:05d}.parquet"] = buffer.getvalue()
     return files
 
@@ -67,7 +80,8 @@ class Hub(ThreadingHTTPServer):
     """Repositories by name ("owner/model" or "datasets/owner/dataset") and the faults to serve them with.
 
     gated: repositories that answer 401. server_errors: how many of the next requests answer 500. cuts: by file name,
-    how many of its next downloads break off after half the bytes. requests: (method, path) of all so far.
+    how many of its next downloads break off after half the bytes. most_bytes: after so many bytes of Parquet there is only
+    500. requests: (method, path) of all so far. served: by file name, how many bytes have been sent.
     """
 
     daemon_threads = True
@@ -76,10 +90,17 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.repos = repos
         self.gated: set[str] = set()
-        self.server_errors = self.bytes_served = 0
+        self.server_errors = 0
+        self.most_bytes = math.inf
         self.cuts: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
+
+    @property
+    def parquet_bytes(self) -> int:
+        """How many bytes of Parquet files have been sent."""
+        return sum(size for path, size in self.served.items() if path.endswith(".parquet"))
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is no news."""
@@ -99,12 +120,14 @@ def serve(repos: dict[str, Files], port: int = 0) -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP interface that `load_dataset` and `from_pretrained` use."""
+    """The part of the Hub's HTTP interface that `datasets`, `HfFileSystem` and `from_pretrained` use."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which would hold a body back for 40 ms
     server: Hub
     api = re.compile(r"/api/(models/|datasets/)([^/]+/[^/]+)(?:/(tree|revision)/([^/]+)/?(.*))?")
     resolve = re.compile(r"/(datasets/|)([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    large = re.compile(r"/large/(datasets/|)([^/]+/[^/]+)/(.+)")
 
     def do_GET(self) -> None:
         """Answer any request."""
@@ -116,8 +139,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(500)
         elif found := self.resolve.fullmatch(path):
             kind, name, revision, file = found.groups()
-            if (files := self.repo(kind + name, revision)) is not None:
+            if (files := self.repo(kind + name, revision)) is None:
+                return
+            if file.endswith(".parquet") and file in files:  # the Hub keeps large files elsewhere
+                self.answer(302, {"Location": f"http://{self.headers['Host']}/large/{kind}{name}/{quote(file)}"})
+            else:
                 self.file(files, file)
+        elif found := self.large.fullmatch(path):
+            kind, name, file = found.groups()
+            if self.server.parquet_bytes < self.server.most_bytes:
+                self.file(self.server.repos[kind + name], file)
+            else:
+                self.answer(500)
         elif found := self.api.fullmatch(path):
             kind, name, what, revision, folder = found.groups()
             if (files := self.repo(kind.removeprefix("models/") + name, revision or "main")) is None:
@@ -155,14 +188,16 @@ class _Handler(BaseHTTPRequestHandler):
         body = files[path]
         headers = {"ETag": f'"{oid(body)}"', "X-Repo-Commit": commit(files), "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        status = 206 if wanted else 200
         if wanted:
             start, end = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
-            self.answer(206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(body)}"}, body[start : end + 1])
-        elif self.command == "GET" and self.server.cuts[path] > 0:
-            self.server.cuts[path] -= 1
-            self.answer(200, headers, body, cut=True)
-        else:
-            self.answer(200, headers, body)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(body)}"
+            body = body[start : end + 1]
+        cut = self.command == "GET" and self.server.cuts[path] > 0
+        self.server.cuts[path] -= cut
+        with self.server.lock:
+            self.server.served[path] += len(body) // 2 if cut else len(body)
+        self.answer(status, headers, body, cut)
 
     def tree(self, files: Files, folder: str, recursive: bool) -> None:
         """List the files and folders in a folder."""
@@ -193,8 +228,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if cut:
             body, self.close_connection = body[: len(body) // 2], True
-        with self.server.lock:
-            self.server.bytes_served += len(body)
         self.wfile.write(body)
 
 

@@ -2,22 +2,29 @@
 
 import io
 import json
+import math
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
 
 from common.config import PreparationConfig, UserError, parse
 from common.data import prepare
+from common.hub import CONNECTIONS
 from common.tasks import TASKS
-from hub import FIRE_CLASSES, FIRE_RISK, GAME_CLASSES, GAMEPLAY_IMAGES, colour, dataset_repo, image_dataset, png, serve
+from hub import FIRE_CLASSES, FIRE_RISK, GAME_CLASSES, GAMEPLAY_IMAGES, colour, dataset_repo, image_dataset, noisy_png, png, serve
 from pipeline import hashes
 
 pytest_plugins = ["warm_process"]
@@ -182,11 +189,11 @@ def test_finished_data_are_not_fetched_again(hub, from_hub, warm_process):
 def test_what_was_fetched_once_is_not_fetched_again(hub, repos, warm_process, tmp_path):
     """Data that are made anew, or for another root, come from what the first run fetched."""
     hub.repos = repos
-    for name in ("first", "second"):
-        before = hub.bytes_served
-        assert warm_process.run(SCRIPT, "--root", tmp_path / name, "--images_per_class", 10).status == 0
-    images = sum(len(content) for repo in repos.values() for path, content in repo.items() if path.endswith(".parquet"))
-    assert before >= images and hub.bytes_served - before < images / 10
+    assert warm_process.run(SCRIPT, "--root", tmp_path / "first", "--images_per_class", 10).status == 0
+    before = hub.parquet_bytes
+    again = warm_process.run(SCRIPT, "--root", tmp_path / "second", "--images_per_class", 10)
+    assert again.status == 0 and before == hub.parquet_bytes > 0
+    assert again.output.count(": fetched 0 of ") == 2 and "were here from before" in again.output
 
 
 def test_faults_that_pass_do_no_harm(hub, from_hub, repos, warm_process, root):
@@ -195,6 +202,13 @@ def test_faults_that_pass_do_no_harm(hub, from_hub, repos, warm_process, root):
     hub.cuts["data/train-00001-of-00003.parquet"] = 1
     assert warm_process.run(SCRIPT, "--root", root, "--images_per_class", 10).status == 0
     assert hub.server_errors == sum(hub.cuts.values()) == 0
+    assert hashes(root) == hashes(from_hub)
+
+
+def test_class_names_are_in_the_files_too(hub, from_hub, repos, warm_process, root):
+    """A dataset without a card is read by what its Parquet files say."""
+    hub.repos = {name: {path: content for path, content in repo.items() if path != "README.md"} for name, repo in repos.items()}
+    assert warm_process.run(SCRIPT, "--root", root, "--images_per_class", 10).status == 0
     assert hashes(root) == hashes(from_hub)
 
 
@@ -214,6 +228,92 @@ def test_a_hub_that_fails_is_one_line_with_the_way_out(repos, warm_process, requ
     assert outcome.status == 2 and len(outcome.errors.splitlines()) == 1, outcome.errors
     assert all(part in outcome.errors for part in ("blanchon/FireRisk", "--demo", "--fire_source"))
     assert left_in(root) == []
+
+
+# ---- no more than is needed ----
+
+FIRE_RISK_COUNTS = [126, 214, 172, 359, 62, 435, 38]  # FireRisk's 6296, 10705, 8617, 17959, 3081, 21757, 1916, by 50
+CHOSEN = 20  # of each class, as 1,000 there
+
+
+@pytest.fixture(scope="module")
+def fire_risk(request):
+    """FireRisk in small: 24 files, sorted by label, in row groups of as many rows as the parameter says."""
+    return dataset_repo(FIRE_CLASSES, FIRE_RISK_COUNTS, 24, getattr(request, "param", 10), noisy_png)
+
+
+@pytest.fixture
+def fetch(hub, warm_process, fire_risk, tmp_path):
+    """Prepare fire risk from the hub, and the other task from here; arguments go to the process."""
+    hub.repos = {FIRE_RISK: fire_risk}
+    games = write_folders(tmp_path / "games", per_class=CHOSEN)
+    return lambda root, **how: warm_process.run(
+        SCRIPT, "--root", root, "--game_source", games, "--images_per_class", CHOSEN, **how)
+
+
+def row_groups(repo):
+    """Of every row group of a repository: the images in it, by name, and its bytes."""
+    for path, content in repo.items():
+        if path.endswith(".parquet"):
+            file = pq.ParquetFile(io.BytesIO(content))
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                size = sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+                yield {row["path"] for row in file.read_row_group(number)["image"].to_pylist()}, size
+
+
+def noisy_identities(root):
+    """Which images of FireRisk in small were taken, by name; each must be of the class its label names."""
+    found = []
+    for split in opened(root).values():
+        for image, label in zip(split["image"], split["label"], strict=True):
+            index = image.getpixel((0, 0))[1] + 256 * image.getpixel((0, 1))[0]
+            assert image.getpixel((0, 0)) == colour(label, index % 256)
+            found.append(f"{label}_{index}.png")
+    return found
+
+
+@pytest.mark.parametrize("fire_risk", [10, None], indirect=True, ids=["groups of 10 rows", "one group a file"])
+def test_only_the_row_groups_that_hold_chosen_rows_are_fetched(hub, fetch, fire_risk, root):
+    """The right rows; at most 1.3 times the bytes of their row groups, and 35 % of the dataset; the line tells the truth."""
+    outcome = fetch(root)
+    assert (outcome.status, outcome.errors) == (0, "")
+    taken = noisy_identities(root)
+    assert Counter(name[0] for name in taken) == dict.fromkeys("0123", CHOSEN) and len(set(taken)) == 4 * CHOSEN
+    total = sum(len(content) for path, content in fire_risk.items() if path.endswith(".parquet"))
+    assert hub.parquet_bytes <= 1.3 * sum(size for names, size in row_groups(fire_risk) if names & set(taken))
+    assert hub.parquet_bytes <= 0.35 * total
+    assert f": fetched {hub.parquet_bytes:,} of {total:,} bytes" in outcome.output
+
+
+def test_an_interrupted_fetch_goes_on(hub, fetch, fire_risk, warm_process, tmp_path):
+    """Killed, then given up on by the Hub: what had arrived is not fetched again, and the data are the same."""
+    assert fetch(tmp_path / "whole").status == 0
+    whole = hub.parquet_bytes
+    hub.served.clear()
+    shutil.rmtree(warm_process.cache)
+    assert fetch(tmp_path / "root", kill_at=("os.replace", 50)).status == -signal.SIGKILL
+    assert 0 < hub.parquet_bytes < whole
+    hub.most_bytes = hub.parquet_bytes + 1
+    outcome = fetch(tmp_path / "root")
+    assert outcome.status == 2 and len(outcome.errors.splitlines()) == 1 and "run the same command again" in outcome.errors
+    hub.most_bytes = math.inf
+    assert fetch(tmp_path / "root").status == 0
+    assert whole <= hub.parquet_bytes <= whole + 2 * CONNECTIONS * max(size for _, size in row_groups(fire_risk))
+    assert hashes(tmp_path / "root") == hashes(tmp_path / "whole")
+
+
+def test_a_damaged_piece_is_fetched_anew(hub, fetch, warm_process, tmp_path):
+    """One that ends early at once, another after one line that says to run the same command again."""
+    assert fetch(tmp_path / "first").status == 0
+    pieces = sorted(path for path in (warm_process.cache / "assets").rglob("*-*") if path.is_file())
+    cut, other = pieces[0], max(pieces, key=lambda path: path.stat().st_size)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert fetch(tmp_path / "second").status == 0 and hashes(tmp_path / "second") == hashes(tmp_path / "first")
+    other.write_bytes(bytes(other.stat().st_size))
+    outcome = fetch(tmp_path / "third")
+    assert outcome.status == 2 and len(outcome.errors.splitlines()) == 1 and "run the same command again" in outcome.errors
+    assert fetch(tmp_path / "third").status == 0 and hashes(tmp_path / "third") == hashes(tmp_path / "first")
 
 
 # ---- from this machine ----
@@ -245,9 +345,44 @@ def parquet_without_metadata(folder):
     return write_parquet(folder / "bare.parquet", table)
 
 
-@pytest.mark.parametrize("make", [write_folders, wrapped_folders, parquet_folder, one_parquet, parquet_without_metadata])
+def zipped(folder):
+    """A zip of class folders, uncompressed."""
+    write_folders(folder)
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for image in folder.rglob("*.png"):
+            archive.write(image, image.relative_to(folder))
+    return path
+
+
+def zipped_on_a_mac(folder):
+    """A zip of a folder of class folders, with what macOS adds."""
+    path = Path(shutil.make_archive(folder, "zip", write_folders(folder / "FireRisk").parent))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("__MACOSX/FireRisk/high/._00.png", b"Mac OS X")
+        archive.writestr("FireRisk/.DS_Store", b"Mac OS X")
+    return path
+
+
+def saved_dataset(folder):
+    """What `Dataset.save_to_disk` writes."""
+    image_dataset(FIRE_CLASSES, PER_CLASS).save_to_disk(folder)
+    return folder
+
+
+def saved_dict(folder):
+    """What `DatasetDict.save_to_disk` writes; all splits are used."""
+    dataset = image_dataset(FIRE_CLASSES, PER_CLASS)
+    DatasetDict({"train": dataset.select(range(50)), "test": dataset.select(range(50, len(dataset)))}).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("make", [
+    write_folders, wrapped_folders, parquet_folder, one_parquet, parquet_without_metadata, zipped, zipped_on_a_mac,
+    saved_dataset, saved_dict,
+])
 def test_every_layout_gives_the_same_data(images, make, tmp_path):
-    """Class folders, wrapped ones, Parquet files: the same images with the same labels in the same rows."""
+    """Folders, zips, Parquet files, saved datasets: the same images with the same labels in the same rows."""
     manifest = prepared(tmp_path / "made", make(tmp_path / "source"))
     assert manifest["fingerprint"] == prepared(tmp_path / "plain", images)["fingerprint"]
     assert manifest["classes"] == FIRE_CLASSES[:4]
@@ -282,6 +417,18 @@ def test_spaces_and_other_alphabets(tmp_path):
     classes = prepared(root, source)["classes"]
     assert sorted(classes) == sorted(path.name for path in source.iterdir())
     assert opened(root)["train"].features["label"].names == classes
+
+
+def test_a_zip_is_read_in_place(tmp_path, root):
+    """Nothing is unpacked, so a path that leads out of the zip leads nowhere."""
+    path = zipped(tmp_path / "source")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../outside.png", png(0, 0))
+        archive.writestr("../../high/outside.png", png(0, 0))
+        archive.writestr("/high/outside.png", png(0, 0))
+    prepared(root, path, count="all")
+    assert len(all_identities(root)) == 4 * PER_CLASS
+    assert list(tmp_path.rglob("outside.png")) == []
 
 
 def test_demo_takes_a_local_source(images, root):
@@ -366,7 +513,16 @@ def encoded(mode, pixel, file_format, **save):
     (encoded("I;16", 0x8000, "PNG"), (128, 128, 128)),
     (encoded("I", 0xFFFF, "TIFF"), (255, 255, 255)),
     (encoded("CMYK", (255, 0, 0, 0), "TIFF"), (0, 255, 255)),
-], ids=["1", "L", "P", "P transparent", "RGBA opaque", "RGBA clear", "RGBA half", "LA opaque", "LA clear", "I;16", "I", "CMYK"])
+    (encoded("CMYK", (255, 0, 0, 0), "JPEG"), (0, 255, 255)),
+    (encoded("I;16", 0x4000, "TIFF"), (64, 64, 64)),
+    (encoded("I;16B", 0x4000, "TIFF"), (64, 64, 64)),
+    (encoded("F", 0.5, "TIFF"), (127, 127, 127)),
+    (encoded("RGB", (9, 99, 199), "PNG", transparency=(9, 99, 199)), (255, 255, 255)),
+    (encoded("RGB", (9, 99, 199), "PNG", transparency=(9, 99, 198)), (9, 99, 199)),
+    (encoded("LAB", (255, 128, 128), "TIFF"), (255, 255, 255)),
+    (encoded("P", 1, "GIF"), (0, 0, 255)),
+], ids=["1", "L", "P", "P transparent", "RGBA opaque", "RGBA clear", "RGBA half", "LA opaque", "LA clear", "I;16", "I", "CMYK",
+        "CMYK JPEG", "I;16 TIFF", "I;16B", "F", "RGB clear", "RGB opaque", "LAB", "GIF"])
 def test_every_mode_becomes_rgb_of_its_colour(tmp_path, root, content, wanted):
     """Transparency goes over white, 16 bits are scaled to 8."""
     source = write_folders(tmp_path / "source", ["plain", "special"], per_class=5)
@@ -466,11 +622,101 @@ def empty_row(folder):
     return changed_row(folder, 17, None)
 
 
-def not_parquet(folder):
+def no_file_of_images(folder):
     """A file of another kind."""
     folder.mkdir()
     (folder / "images.zip").write_bytes(b"PK\3\4")
     return folder / "images.zip"
+
+
+def empty_image(folder):
+    """An image file without content."""
+    (write_folders(folder) / "low" / "03.png").write_bytes(b"")
+    return folder
+
+
+def folder_as_image(folder):
+    """A folder that has the name of an image."""
+    (write_folders(folder) / "low" / "03.png").unlink()
+    (folder / "low" / "03.png").mkdir()
+    return folder
+
+
+def link_to_nothing(folder):
+    """A link in the place of an image, to a file that is gone."""
+    (write_folders(folder) / "low" / "03.png").unlink()
+    (folder / "low" / "03.png").symlink_to(folder / "gone.png")
+    return folder
+
+
+def bomb(folder, side=10_000):
+    """A tiny file that says it is an image of 100 million pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+    (write_folders(folder) / "low" / "03.png").write_bytes(content)
+    return folder
+
+
+def larger_bomb(folder):
+    """The same with 400 million pixels."""
+    return bomb(folder, 20_000)
+
+
+def changed_zip(folder, old, new):
+    """A zip with some bytes of it exchanged, wherever they are."""
+    path = zipped(folder)
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def damaged_in_zip(folder):
+    """A zip with an image whose content has changed since it was put in."""
+    return changed_zip(folder, png(1, 3), png(1, 3)[:-5] + bytes(5))
+
+
+def encrypted_zip(folder):
+    """A zip that needs a password."""
+    return changed_zip(folder, b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
+
+
+def zip_bomb(folder):
+    """A small zip with an image that would be 3 GB."""
+    size = struct.pack("<I", len(png(0, 0)))
+    return changed_zip(folder, size + struct.pack("<HH", len("high/00.png"), 0), struct.pack("<IHH", 3 * 10**9, len("high/00.png"), 0))
+
+
+def names_that_differ_by_case(folder):
+    """Class folders `low` and `Low`."""
+    return write_folders(folder, [*FIRE_CLASSES, "Low"])
+
+
+def several_downloads(folder):
+    """Two folders of class folders."""
+    for name in ("test", "train"):
+        write_folders(folder / name)
+    return folder
+
+
+def half_saved_dataset(folder):
+    """A saved dataset whose data file ends early."""
+    path, = saved_dataset(folder).glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:5000])
+    return folder
+
+
+def other_saved_dataset(folder):
+    """A saved dataset of something else."""
+    Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(folder)
+    return folder
+
+
+def other_class_names(folder):
+    """Parquet files whose labels mean different things."""
+    one_parquet(folder)
+    write_parquet(folder / "other.parquet", image_dataset(FIRE_CLASSES[::-1], PER_CLASS))
+    return folder
 
 
 def cut_parquet(folder):
@@ -511,7 +757,20 @@ BAD_SOURCES = [
     (text_as_image, [], r"low/03\.png\) of fire risk is damaged"),
     (cut_row, ["--fire_classes", "low", "moderate"], "row 17 of fire risk is damaged"),
     (empty_row, [], "no image in row 17 of fire risk"),
-    (not_parquet, [], "cannot be read as Parquet"),
+    (no_file_of_images, [], "cannot be read as Parquet or a zip"),
+    (empty_image, [], r"low/03\.png\) of fire risk is damaged: it is empty"),
+    (folder_as_image, [], r"low/03\.png\) of fire risk is damaged: .*directory"),
+    (link_to_nothing, [], r"low/03\.png\) of fire risk is damaged: .*No such file"),
+    (bomb, [], r"low/03\.png\) of fire risk is damaged: it has 100,000,000 pixels.*; remove or replace it, or add --skip_damaged"),
+    (larger_bomb, [], r"low/03\.png\) of fire risk is damaged: .*400000000 pixels"),
+    (damaged_in_zip, [], r"source\.zip/low/03\.png\) of fire risk is damaged: Bad CRC"),
+    (encrypted_zip, [], "encrypted; unpack it"),
+    (zip_bomb, [], r"high/.*\.png of 3 GB, too large"),
+    (names_that_differ_by_case, [], "classes 'Low' and 'low', which differ only by case"),
+    (several_downloads, [], r"classes in several folders \(test, train\); give one of them"),
+    (half_saved_dataset, [], "cannot be read as a saved dataset"),
+    (other_saved_dataset, [], "no columns 'image' and 'label' but text, label"),
+    (other_class_names, [], "other.parquet has other columns or classes"),
     (cut_parquet, [], "cannot be read as Parquet"),
     (different_parquets, [], "cannot be read as Parquet"),
     (other_columns, [], "no columns 'image' and 'label' but text, label"),
@@ -538,6 +797,21 @@ def test_a_refused_source_leaves_the_earlier_data(images, tmp_path, root):
     with pytest.raises(UserError, match="damaged"):
         prepared(root, cut_image(tmp_path / "source"), "--overwrite", count="all")
     assert hashes(root) == before
+
+
+def test_damaged_images_can_be_left_out(tmp_path, root, capsys):
+    """With --skip_damaged the others are taken, and how many were left out is told and kept; a class may get too few."""
+    source = write_folders(tmp_path / "source")
+    for name, index in (("low", 3), ("low", 4), ("moderate", 0)):
+        (source / name / f"{index:02d}.png").write_bytes(png(1, index)[:50])
+    manifest = prepared(root, source, "--skip_damaged", count="all")
+    assert (manifest["damaged"], sum(manifest["images"].values())) == (3, 4 * PER_CLASS - 3)
+    assert Counter(label for label, _ in all_identities(root)) == {0: 12, 1: 10, 2: 11, 3: 12}
+    for path in list((source / "low").iterdir())[:7]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="class 'low' has only [0-5] images that are not damaged"):
+        prepared(tmp_path / "other", source, "--skip_damaged", count="all")
+    assert left_in(tmp_path / "other") == []
 
 
 def test_a_refusal_is_one_line_and_status_2(tmp_path, root, warm_process):

@@ -199,8 +199,9 @@ def test_the_routing_table_has_every_gated_layer_of_every_task(workspace):
 def test_the_summary_has_a_row_for_every_method_and_task(workspace):
     summary = workspace.summary()
     assert list(summary) == ["method", "task", "accuracy", "accuracy_low", "accuracy_high", "macro_f1",
-                             "trainable_parameters", "seconds", "images_per_second", "peak_memory_mib", "checksum"]
-    assert (summary["peak_memory_mib"] > 0).all()
+                             "near_duplicates_in_test", "trainable_parameters", "seconds", "images_per_second",
+                             "peak_memory_mib", "checksum"]
+    assert (summary["peak_memory_mib"] > 0).all() and (summary["near_duplicates_in_test"] == 0).all()
     assert list(zip(summary["method"], summary["task"], strict=True)) == EVERY_ROW
 
 

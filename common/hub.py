@@ -1,0 +1,166 @@
+"""A dataset on the Hub, of which only the byte ranges that are needed are fetched, each once."""
+
+import io
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub import HfFileSystem, cached_assets_path
+from huggingface_hub.errors import HTTPError
+from tqdm import tqdm
+
+from common.config import UserError
+from common.files import locked, remove, writing
+from common.images import Encoded
+from common.sources import Source, parquet_source
+from common.tasks import Task
+
+SPLIT = "train"
+PIECE_BYTES = 2**23  # what one request fetches, and what is fetched anew when it breaks off
+CONNECTIONS = 4
+
+
+def hub_source(task: Task) -> Source:
+    """The training split of a task's dataset, in Parquet files, as it is now.
+
+    What was fetched stays in the cache of huggingface_hub, below HF_HOME: an interrupted fetch goes on, and no other run
+    fetches it again. Raises UserError with the way out if something cannot be had.
+    """
+    print(f"{task.name}: fetching {task.hub_id} from the Hub", flush=True)
+    with _way_out(task):
+        builder = load_dataset_builder(task.hub_id)
+        paths = (builder.config.data_files or {}).get(SPLIT, [])
+        if not paths or not all(path.endswith(".parquet") for path in paths):
+            raise ValueError(f"it has no split {SPLIT!r} in Parquet files")
+        fetch = _Fetch(task, paths)
+    guard = partial(_way_out, task, fetch.folder)
+    with guard(), locked(fetch.folder, wait=True), ThreadPoolExecutor(CONNECTIONS) as pool:
+        deque(pool.map(fetch.opened, paths), maxlen=0)  # so that the footers arrive together
+        source = parquet_source(paths, fetch.opened, guard, task.hub_id, builder.info.features)
+
+    def bring(rows: np.ndarray) -> None:
+        block_of = source.blocks[rows]
+        wanted = [np.sort(rows[block_of == block]) for block in np.unique(block_of)]
+        with locked(fetch.folder, wait=True), fetch.progress(np.unique(block_of)), ThreadPoolExecutor(CONNECTIONS) as pool:
+            deque(pool.map(lambda part: deque(source.read(part), maxlen=0), wanted), maxlen=0)
+
+    def read(rows: np.ndarray) -> Iterator[Encoded]:
+        for image in source.read(rows):
+            yield image if isinstance(image, bytes) else None  # a path would be one of this machine, not of the Hub
+
+    return Source(source.classes, source.labels, source.blocks, read, bring)
+
+
+@contextmanager
+def _way_out(task: Task, folder: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong into one line that says what to do. Pieces in `folder` that turn out damaged are deleted."""
+    local = f"use --demo for generated images, or --{task.key}_source for a local copy"
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        raise UserError(f"the Hub has no dataset {task.hub_id} that you may read; {local}") from error
+    except (OSError, ValueError, TypeError, DatasetsError, HTTPError, pa.ArrowException) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        if folder and not isinstance(error, HTTPError | ConnectionError):
+            remove(folder)
+        raise UserError(f"{task.hub_id} could not be fetched from the Hub ({reason}); check the network and run the same "
+                        f"command again, which goes on from here, or {local}") from error
+
+
+class _Fetch:
+    """The Parquet files of one dataset at one revision, what of them is here, and how much was fetched."""
+
+    def __init__(self, task: Task, paths: list[str]):
+        self.name, self.paths, self.files = task.name, paths, HfFileSystem()
+        revision = self.files.resolve_path(paths[0]).revision
+        self.folder = cached_assets_path("context-gated-moe", task.hub_id, revision)
+        self.sizes = {path: self.files.info(path)["size"] for path in paths}
+        self.footers: dict[str, pq.FileMetaData] = {}
+        self.counting = threading.Lock()
+        self.fetched = self.here_before = 0
+        self.bar = tqdm(disable=True)
+
+    def opened(self, path: str) -> pq.ParquetFile:
+        """Open one of the files; only its footer is read now."""
+        file = _RemoteFile(self, path)
+        if path not in self.footers:
+            end = self.sizes[path]
+            length = int.from_bytes(file.range(end - 8, end)[:4], "little")
+            self.footers[path] = pq.read_metadata(pa.BufferReader(file.range(end - 8 - length, end)))
+        return pq.ParquetFile(file, metadata=self.footers[path], buffer_size=PIECE_BYTES, pre_buffer=False)
+
+    @contextmanager
+    def progress(self, blocks: np.ndarray) -> Iterator[None]:
+        """Show the fetching of these row groups, numbered through all files, and tell at its end what it came to."""
+        groups = [self.footers[path].row_group(group) for path in self.paths for group in range(self.footers[path].num_row_groups)]
+        columns = [groups[block].column(number) for block in blocks for number in range(groups[block].num_columns)]
+        size = sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("image"))
+        with tqdm(desc=f"{self.name}: fetching", total=size, unit="B", unit_scale=True, disable=None) as self.bar:
+            yield
+        total = sum(self.sizes.values())
+        before = f"; {self.here_before:,} were here from before" if self.here_before else ""
+        print(f"{self.name}: fetched {self.fetched:,} of {total:,} bytes ({self.fetched / total:.1%}){before}", flush=True)
+
+    def count(self, here: bool, size: int) -> None:
+        """Note that `size` bytes have been fetched, or were here."""
+        with self.counting:
+            self.here_before += size if here else 0
+            self.fetched += 0 if here else size
+            self.bar.update(size)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file on the Hub to read as if it were here: each range that is read is fetched and kept as a file of its own."""
+
+    def __init__(self, fetch: _Fetch, path: str):
+        self.fetch, self.path, self.position = fetch, path, 0
+        self.pieces = fetch.folder / fetch.files.resolve_path(path).path_in_repo
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to another place."""
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.fetch.sizes[self.path]}[whence]
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes, or all that follow."""
+        start, end = self.position, self.fetch.sizes[self.path]
+        self.position = end if size < 0 else min(start + size, end)
+        return self.range(start, self.position)
+
+    def range(self, start: int, end: int) -> bytes:
+        """These bytes, from here or from the Hub, which is asked again and again, less and less often, if it fails."""
+        piece = self.pieces / f"{start}-{end}"
+        here = piece.is_file() and piece.stat().st_size == end - start
+        if here:
+            content = piece.read_bytes()
+        else:
+            with self.fetch.files.open(self.path, "rb", cache_type="none") as remote:
+                remote.seek(start)
+                content = remote.read(end - start)
+            if len(content) != end - start:
+                raise ConnectionError(f"the Hub sent {len(content)} bytes of {self.path} where {end - start} were asked for")
+            with writing(piece) as part:
+                part.write_bytes(content)
+        self.fetch.count(here, end - start)
+        return content

@@ -1,0 +1,103 @@
+"""One image of any kind Pillow opens: to upright RGB, and to the few bits that near-duplicates share."""
+
+import io
+import warnings
+from typing import Protocol
+
+import numpy as np
+from PIL import ExifTags, ImageCms, ImageOps
+from PIL import Image as PILImage
+from scipy.fft import dctn
+
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+HASH_SIDE = 16  # of the square of low frequencies that make up the hash
+HASH_BYTES = HASH_SIDE**2 // 8 + 3
+FLAT = 2  # grey levels by which a wave has to stand out: the noise of an evenly coloured image does not
+
+MOST_PIXELS = PILImage.MAX_IMAGE_PIXELS  # of an image: with more, Pillow takes its header for damaged or hostile
+
+warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # refused here, in one line
+
+
+class ImageFile(Protocol):
+    """A file in a folder or in a zip: `pathlib.Path` or `zipfile.Path`."""
+
+    def read_bytes(self) -> bytes:
+        """All of it."""
+
+
+Encoded = bytes | ImageFile | None  # an image as a source has it: its content, where its content is, or nothing
+
+
+class DamagedImage(Exception):
+    """An image that cannot be read, or is not there."""
+
+    def __init__(self, encoded: Encoded, reason: str):
+        super().__init__(reason)
+        self.missing = encoded is None
+        self.path = "" if isinstance(encoded, bytes | None) else f" ({encoded})"
+
+    def at(self, row: int, of: str) -> str:
+        """What is wrong, and in which row of what."""
+        return f"there is no image in row {row} of {of}" if self.missing else f"the image in row {row}{self.path} of {of} is damaged: {self}"
+
+
+def read_image(encoded: Encoded) -> tuple[bytes, np.ndarray]:
+    """An image as encoded upright RGB, and its perceptual hash (HASH_BYTES,) uint8.
+
+    One that is upright RGB already is kept byte for byte; any other becomes a PNG. Raises DamagedImage.
+    """
+    try:
+        content = encoded if isinstance(encoded, bytes | None) else encoded.read_bytes()
+        if not content:
+            raise DamagedImage(encoded, "it is empty")
+        with PILImage.open(io.BytesIO(content)) as opened:
+            if (pixels := opened.width * opened.height) > MOST_PIXELS:
+                raise DamagedImage(encoded, f"it has {pixels:,} pixels, more than {MOST_PIXELS:,}")
+            opened.load()
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if opened.mode == "RGB" and not turned and not opened.has_transparency_data:
+                return content, perceptual_hash(opened)
+            rgb = to_rgb(ImageOps.exif_transpose(opened))
+            return png(rgb), perceptual_hash(rgb)
+    except DamagedImage:
+        raise
+    except PILImage.UnidentifiedImageError as error:
+        raise DamagedImage(encoded, "Pillow knows no such format") from error
+    except Exception as error:  # decoders of damaged files raise whatever comes up, AttributeError and KeyError too
+        raise DamagedImage(encoded, str(error) or type(error).__name__) from error
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """Convert any image Pillow opens: transparency over white, 16 bits a channel scaled to 8."""
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535 if image.mode.startswith("I") else max(values.max(), 1.0)
+        return PILImage.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def png(image: PILImage.Image) -> bytes:
+    """The image as a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def perceptual_hash(image: PILImage.Image) -> np.ndarray:
+    """What re-encoding, resizing and small changes leave nearly as it is: (HASH_BYTES,) uint8.
+
+    pHash (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"): which of the lowest
+    frequencies of the grey image, the mean left out, are above their median; and after these bits the mean colour.
+    """
+    grey = np.asarray(image.convert("L").resize((4 * HASH_SIDE, 4 * HASH_SIDE), PILImage.Resampling.BOX), dtype=np.float32)
+    waves = dctn(grey, norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
+    waves[0] = 0
+    bits = np.packbits(waves > np.median(waves) + FLAT)
+    colour = np.asarray(image.resize((1, 1), PILImage.Resampling.BOX)).ravel()
+    return np.concatenate([bits, colour])

@@ -1,0 +1,84 @@
+"""Which images are used, and on which side of train, validation and test each is."""
+
+import unicodedata
+
+import numpy as np
+
+from common.config import PreparationConfig, UserError
+from common.sources import Source
+from common.tasks import Task
+
+SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
+CLASSES_PER_TASK = 4
+FEWEST = 5  # images of a class, so that each split has one
+
+
+def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The wanted classes, a seeded choice of images of each as row numbers (N,), class by class, and their labels (N,).
+
+    Labels are positions in the list of classes. Raises UserError on a class that is not there or has too few images.
+    """
+    names = source.classes
+    classes = getattr(config, f"{task.key}_classes") or names[:CLASSES_PER_TASK]
+    for name in classes:
+        if name not in names:
+            raise UserError(f"--{task.key}_classes: there is no class {name!r}; there are {', '.join(names)}")
+        for other in names:
+            if other != name and _folded(other) == _folded(name):
+                raise UserError(f"{task.name} has the classes {name!r} and {other!r}, which differ only by case; rename one of them")
+    if len(set(classes)) < max(2, len(classes)):
+        raise UserError(f"--{task.key}_classes: needs two or more different classes, not {', '.join(classes)}")
+    rng = np.random.default_rng(config.seed)
+    turn = np.random.default_rng([config.seed, 1]).permutation(source.blocks.max(initial=0) + 1)
+    chosen = []
+    for name in classes:
+        rows = rng.permutation(np.flatnonzero(source.labels == names.index(name)))
+        count = len(rows) if config.images_per_class == "all" else int(config.images_per_class)
+        if len(rows) < max(count, FEWEST):
+            raise UserError(f"class {name!r} of {task.name} has {len(rows)} images, fewer than {max(count, FEWEST)}; "
+                            "lower --images_per_class or choose other classes")
+        turns = turn[source.blocks[rows]]  # as many blocks as it takes, in an order that all classes share
+        chosen.append(np.sort(rows[turns <= np.sort(turns)[count - 1]][:count]))
+    return list(classes), np.concatenate(chosen), np.repeat(np.arange(len(classes)), [len(rows) for rows in chosen])
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def random_split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Cut every class 60/20/20, then shuffle each split, both by the seed. labels: (N,); split -> positions in it."""
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        ends = np.round(np.cumsum(list(SPLITS.values())) * len(rows)).astype(int)
+        for name, part in zip(SPLITS, np.split(rows, ends[:-1]), strict=True):
+            parts[name].append(part)
+    return {name: rng.permutation(np.concatenate(part)) for name, part in parts.items()}
+
+
+def grouped_split(labels: np.ndarray, groups: np.ndarray, seed: int, classes: list[str]) -> dict[str, np.ndarray]:
+    """Cut every class as near to 60/20/20 as whole groups allow, then shuffle each split. labels, groups: (N,) from 0 on.
+
+    The largest groups choose first, each the split that it overfills least, then the one that is emptiest for its size.
+    Raises UserError if a split is left without a class.
+    """
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((groups.max() + 1, labels.max() + 1))
+    np.add.at(counts, (groups, labels), 1)
+    wanted = np.outer(list(SPLITS.values()), counts.sum(axis=0))  # (splits, classes)
+    room, split_of = wanted.copy(), np.zeros(len(counts), dtype=int)
+    shuffled = rng.permutation(len(counts))
+    for group in shuffled[np.argsort(-counts[shuffled].sum(axis=1), kind="stable")]:
+        overfull = np.maximum(counts[group] - room, 0).sum(axis=1)
+        free = (room / wanted) @ counts[group]
+        split_of[group] = np.lexsort((-free, overfull))[0]
+        room[split_of[group]] -= counts[group]
+    splits = {name: rng.permutation(np.flatnonzero(split_of[groups] == number)) for number, name in enumerate(SPLITS)}
+    for name, rows in splits.items():
+        for label in np.setdiff1d(labels, labels[rows]):
+            number = len(np.unique(groups[labels == label]))
+            raise UserError(f"--split grouped leaves {name} without {classes[label]!r}, whose images are only {number} groups of "
+                            "near-duplicates; use --split random, or more varied images")
+    return splits
