@@ -34,6 +34,10 @@ class ContextGatedMOE(nn.Module):
     then each new token by itself. `fixed_gates` keeps one choice of experts for a whole text.
 
     Experts are kept in alphabetical order, so the order in which they are named makes no difference.
+
+    Sources: LoRA (Hu et al. 2022, section 4.1); mixtures of frozen LoRA experts with gates in every layer (Wu et al. 2024,
+    MoLE; X-LoRA, Buehler and Buehler 2024, which runs the base model twice and adapter by adapter, this one once and all
+    stacked); softmax over the k largest (Shazeer et al. 2017, section 2.1).
     """
 
     def __init__(self, base_model: nn.Module, experts: list[Expert], gate_hidden: int = 4, top_k: int | None = None):

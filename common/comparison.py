@@ -81,7 +81,8 @@ class Comparison:
         Accuracy, interval, F1 and the exact McNemar test against the mixture are those of the first seed; mean and
         spread (standard deviation) are over seeds. The row "All" counts every image once: with test splits of one size
         its accuracy is the mean of the tasks' accuracies; its F1 is that mean always. Images per second are those of the
-        median batch but the first, in batches of one size for all methods.
+        median batch but the first, in batches of one size for all methods. Trainable parameters are those trained besides
+        the experts.
         """
         rows = []
         for method, runs in self.predictions.items():
