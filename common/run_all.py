@@ -34,7 +34,9 @@ def wait_for(command: list[str | Path]) -> int:
     with subprocess.Popen(command) as script:
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: script.terminate())
-        return script.wait()
+        while (status := script.poll()) is None:  # to wait in one go could miss a signal that another thread is given
+            time.sleep(0.1)
+        return status
 
 
 def _flags(config: RunAllConfig, config_class: type) -> list[str]:

@@ -1,9 +1,12 @@
 """Fixtures of the whole test set: tiny backbones on disk, and one workspace in which all six scripts have run."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than one only wait for each other on models this small
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a plain `pytest`, from any folder, finds the scripts
 

@@ -1,11 +1,14 @@
 """Fixtures: scripts in processes of their own that use the local hub, forked from one that has the libraries imported."""
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,10 +49,15 @@ class WarmProcess:
             [sys.executable, __file__], env={**inherited, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, script: str | Path, *arguments: object) -> Outcome:
-        """Run a script of the project, or any other by its full path."""
+    def run(self, script: str | Path, *arguments: object, kill_after: float | None = None,
+            kill_at: tuple[str, int] | None = None) -> Outcome:
+        """Run a script of the project, or any other by its full path.
+
+        It is ended by SIGKILL after `kill_after` seconds, or when it is about to call, for the given time, the function of
+        the given name, such as ("os.replace", 3).
+        """
         streams = [self.folder / "output", self.folder / "errors"]
-        order = [str(PROJECT / script), *map(str, arguments)], [str(path) for path in streams]
+        order = [str(PROJECT / script), *map(str, arguments)], [str(path) for path in streams], kill_at, kill_after
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return Outcome(int(self.process.stdout.readline()), *(path.read_text(encoding="utf-8") for path in streams))
 
@@ -79,22 +87,42 @@ def hub(warm_process: WarmProcess) -> Iterator[Hub]:
 
 def _run_orders() -> None:
     """Fork for every line of stdin: run what it says and print the exit status."""
-    importlib.import_module("common.data")
-    importlib.import_module("common.models")
+    importlib.import_module("common.comparison")
+    importlib.import_module("common.results")
     for line in sys.stdin:
-        child = multiprocessing.get_context("fork").Process(target=_run_script, args=json.loads(line))
+        *script, kill_after = json.loads(line)
+        child = multiprocessing.get_context("fork").Process(target=_run_script, args=script)
         child.start()
-        child.join()
+        child.join(kill_after)
+        if child.is_alive():
+            child.kill()
+            child.join()
         print(child.exitcode, flush=True)
 
 
-def _run_script(argv: list[str], streams: list[str]) -> None:
+def _run_script(argv: list[str], streams: list[str], kill_at: tuple[str, int] | None) -> None:
     """Run a script with its stdout and stderr in files."""
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     time.sleep = lambda seconds: None  # the Hub's client waits longer and longer before it tries again
+    if kill_at is not None:
+        _kill_at(*kill_at)
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
+
+
+def _kill_at(name: str, call: int) -> None:
+    """Let this process kill itself when it is about to call the function for the `call`-th time."""
+    owner, _, attribute = name.rpartition(".")
+    place = pkgutil.resolve_name(owner)
+    function, calls = getattr(place, attribute), itertools.count(1)
+
+    def counted(*arguments: object, **named: object) -> object:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    setattr(place, attribute, counted)
 
 
 if __name__ == "__main__":
