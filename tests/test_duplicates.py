@@ -1,0 +1,204 @@
+"""Tests of near-duplicates and honest splits: what counts as one, and on which side of the split it is."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+from PIL import ImageEnhance
+
+from common import duplicates
+from common.config import PreparationConfig, UserError, parse
+from common.data import prepare
+from common.duplicates import COLOUR_BYTES, NEAR_BITS, NEAR_COLOUR, groups, have_near
+from common.images import HASH_BYTES, perceptual_hash
+from common.splits import SPLITS, grouped_split, random_split
+from common.tasks import TASKS
+
+CLASSES = ["dunes", "forest", "town"]
+
+
+def scene(seed, size=(96, 64)):
+    """A picture like no other: large soft patches, and finer ones upon them."""
+    rng = np.random.default_rng(seed)
+    layers = [PILImage.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize(size, PILImage.Resampling.BICUBIC)
+              for side in (4, 16)]
+    return PILImage.blend(*layers, 0.4)
+
+
+def jpeg(image):
+    """Saved as a photo."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=50)
+    return PILImage.open(buffer).convert("RGB")
+
+
+def shifted(image):
+    """The next frame of a film: everything is one pixel to the left."""
+    return image.transform(image.size, PILImage.Transform.AFFINE, (1, 0, 1, 0, 1, 0))
+
+
+def brighter(image):
+    """A little more light."""
+    return ImageEnhance.Brightness(image).enhance(1.1)
+
+
+def halved(image):
+    """Half as wide and high."""
+    return image.resize((image.width // 2, image.height // 2))
+
+
+def grainy(image):
+    """Noise upon it."""
+    noise = np.random.default_rng(0).normal(0, 4, (image.height, image.width, 3))
+    return PILImage.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+CHANGES = [jpeg, shifted, brighter, halved, grainy]
+
+
+def hashes_of(images):
+    """(N, HASH_BYTES)."""
+    return np.stack([perceptual_hash(image) for image in images])
+
+
+def near(one, other):
+    """Whether two hashes are near, by the definition."""
+    bits = np.unpackbits(one[:-COLOUR_BYTES] ^ other[:-COLOUR_BYTES]).sum()
+    colour = np.abs(one[-COLOUR_BYTES:].astype(int) - other[-COLOUR_BYTES:]).max()
+    return bits <= NEAR_BITS and colour <= NEAR_COLOUR
+
+
+def close_hashes(count, seed):
+    """Random hashes, most of which are near to some others."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 256, (count // 4, HASH_BYTES - COLOUR_BYTES), dtype=np.uint8)[rng.integers(0, count // 4, count)]
+    flips = np.packbits(rng.random((count, 8 * bits.shape[1])) < 0.14, axis=1)  # two of one kind differ in about 62 bits
+    return np.concatenate([bits ^ flips, rng.integers(100, 140, (count, COLOUR_BYTES), dtype=np.uint8)], axis=1)
+
+
+# ---- what is a near-duplicate ----
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_picture_changed_a_little_is_a_near_duplicate(change):
+    """Of itself, and of no other."""
+    scenes = [scene(seed) for seed in range(30)]
+    before, after = hashes_of(scenes), hashes_of([change(image) for image in scenes])
+    assert np.array_equal([[near(a, b) for b in before] for a in after], np.eye(30, dtype=bool))
+
+
+def test_different_pictures_are_no_near_duplicates():
+    """Each is a group of its own."""
+    assert len(np.unique(groups(hashes_of([scene(seed) for seed in range(200)])))) == 200
+
+
+def test_even_pictures_are_told_by_their_colour():
+    """Black frames are near-duplicates, whatever the noise upon them; black and white ones are not."""
+    dark, darker, bright = (PILImage.new("RGB", (96, 64), (value,) * 3) for value in (16, 4, 240))
+    assert np.array_equal(groups(hashes_of([dark, bright, grainy(darker), dark])), [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("pairs_at_once", [1, 100, 2**23])
+def test_groups_and_neighbours_are_those_of_the_definition(monkeypatch, pairs_at_once):
+    """Whatever number of pairs is looked at together; groups are joined along chains."""
+    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", pairs_at_once)
+    hashes = close_hashes(60, seed=1)
+    pairs = np.array([[near(one, other) for other in hashes] for one in hashes])
+    assert 60 < pairs.sum() < 600
+    reachable = np.linalg.matrix_power(pairs.astype(float), 60) > 0
+    found = groups(hashes)
+    assert np.array_equal(found[:, None] == found[None], reachable)
+    assert sorted(set(found)) == list(range(len(set(found))))
+    assert np.array_equal(have_near(hashes[:20], hashes[20:]), pairs[:20, 20:].any(axis=1))
+
+
+# ---- splits ----
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_grouped_splits_keep_groups_together(data):
+    """Every image is in one split; none is further from 60/20/20 of a class than its largest group; the seed decides."""
+    sizes = data.draw(st.lists(st.lists(st.integers(1, 8), min_size=12, max_size=30), min_size=1, max_size=4))
+    labels = np.concatenate([np.full(sum(of_class), label) for label, of_class in enumerate(sizes)])
+    numbers = np.repeat(np.arange(sum(map(len, sizes))), np.concatenate(sizes))
+    splits = grouped_split(labels, numbers, 3, list("abcd"))
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(len(labels)))
+    sides = {name: set(numbers[rows]) for name, rows in splits.items()}
+    assert sum(map(len, sides.values())) == len(set(numbers))
+    for label, of_class in enumerate(sizes):
+        for name, share in SPLITS.items():
+            assert abs((labels[splits[name]] == label).sum() - share * sum(of_class)) <= max(of_class) + 1
+    again, other = (grouped_split(labels, numbers, seed, list("abcd")) for seed in (3, 4))
+    assert all(np.array_equal(splits[name], again[name]) for name in SPLITS)
+    assert any(not np.array_equal(splits[name], other[name]) for name in SPLITS)
+
+
+def test_images_without_near_duplicates_are_cut_as_exactly_as_at_random():
+    """And a group that is half of its class goes to train, where there is room."""
+    labels = np.repeat([0, 1], [100, 55])
+    for splits in (random_split(labels, 1), grouped_split(labels, np.arange(155), 1, ["a", "b"])):
+        assert [np.bincount(labels[rows]).tolist() for rows in splits.values()] == [[60, 33], [20, 11], [20, 11]]
+    numbers = np.where(np.arange(155) < 50, 0, np.arange(155))
+    splits = grouped_split(labels, np.unique(numbers, return_inverse=True)[1], 1, ["a", "b"])
+    assert (numbers[splits["train"]] == 0).sum() == 50 and (labels[splits["train"]] == 0).sum() == 60
+
+
+# ---- preparation ----
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Class folders with 20 films each of three frames: a scene and two near-duplicates of it."""
+    folder = tmp_path_factory.mktemp("films")
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir()
+        for number in range(20):
+            first = scene(100 * label + number)
+            for frame, image in enumerate([first, shifted(first), brighter(first)]):
+                image.save(folder / name / f"{number:02d}_{frame}.png")
+    return folder
+
+
+def prepared(root, source, *flags):
+    """Prepare all images; return the manifest and, by split, the hashes of its images and its labels."""
+    argv = ["--root", str(root), "--fire_source", str(source), "--fire_classes", *CLASSES, "--images_per_class", "all", *flags]
+    manifest = prepare(next(task for task in TASKS if task.key == "fire"), parse(PreparationConfig, argv))
+    data = load_from_disk(str(root / "fire_dataset"))
+    return manifest, {name: (hashes_of(split["image"]), split["label"]) for name, split in data.items()}
+
+
+def test_the_manifest_tells_how_many_test_images_have_a_near_duplicate_in_train(films, tmp_path):
+    """Of three frames at random, most have."""
+    manifest, splits = prepared(tmp_path, films)
+    train, test = splits["train"][0], splits["test"][0]
+    assert manifest["near_duplicates_in_test"] == sum(any(near(one, other) for other in train) for one in test) > 18
+
+
+def test_grouped_splits_leave_no_near_duplicate_on_another_side(films, tmp_path):
+    """Every class is still cut 60/20/20."""
+    manifest, splits = prepared(tmp_path, films, "--split", "grouped")
+    assert manifest["near_duplicates_in_test"] == 0 and manifest["split"] == "grouped"
+    assert [Counter(labels) for _, labels in splits.values()] == [dict.fromkeys(range(3), count) for count in (36, 12, 12)]
+    names = list(splits)
+    for one in names:
+        assert not any(have_near(splits[one][0], splits[other][0]).any() for other in names if other != one)
+
+
+def test_a_class_of_one_group_cannot_be_split(films, tmp_path):
+    """The line names the class and the way out, and nothing is written."""
+    for name in CLASSES[:2]:
+        (tmp_path / "films" / name).mkdir(parents=True)
+        for path in (films / name).iterdir():
+            (tmp_path / "films" / name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "films" / "town").mkdir()
+    for frame in range(9):
+        scene(7).save(tmp_path / "films" / "town" / f"{frame}.png")
+    with pytest.raises(UserError, match="grouped leaves .* without 'town'.* 1 groups .* --split random"):
+        prepared(tmp_path / "root", tmp_path / "films", "--split", "grouped")
+    assert list((tmp_path / "root").rglob("*")) == []

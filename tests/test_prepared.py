@@ -1,0 +1,197 @@
+"""Tests of the folder of prepared images: killed on the way, damaged later, read elsewhere; always whole or one clear line."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import models
+from common.config import PreparationConfig, UserError, parse
+from common.data import load_task, prepare
+from common.files import locked
+from common.reading import AHEAD, in_order
+from common.sources import NO_LABEL, Source
+from common.splits import choose
+from common.tasks import TASKS
+from pipeline import files_in, hashes
+from test_data_preparation import FIRE, PROJECT, SCRIPT, write_folders
+
+pytest_plugins = ["warm_process"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Class folders whose path has spaces and other alphabets."""
+    return write_folders(tmp_path_factory.mktemp("Luftbilder – 火災") / "große Übersicht", ["sehr hoch", "mäßig", "低い", "keins"])
+
+
+def flags(root, images, *more):
+    """The command line that prepares both tasks from the same folder."""
+    return ["--root", str(root), "--fire_source", str(images), "--game_source", str(images), "--images_per_class", "10", *more]
+
+
+def prepared(root, images, *more):
+    """Prepare both tasks in this process; return the root folder."""
+    for task in TASKS:
+        prepare(task, parse(PreparationConfig, flags(root, images, *more)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """What an undisturbed run leaves."""
+    return prepared(tmp_path_factory.mktemp("whole") / "root", images)
+
+
+# ---- killed, and run again ----
+
+
+@pytest.mark.parametrize("function, call", [
+    ("common.data.choose", 1),
+    ("common.images.perceptual_hash", 60),  # in the second task
+    ("pyarrow.ipc.new_stream", 2),
+    ("os.replace", 2),  # the old folder out of the way
+    ("os.replace", 3),  # the new one to its place
+    ("shutil.rmtree", 1),  # the old one
+])
+def test_a_killed_run_leaves_nothing_that_the_next_does_not_mend(warm_process, images, whole, tmp_path, function, call):
+    """While other data are being replaced; in the end nothing but the right files is there."""
+    root = prepared(tmp_path / "root", images, "--seed", "1")
+    assert warm_process.run(SCRIPT, *flags(root, images, "--overwrite"), kill_at=(function, call)).status == -signal.SIGKILL
+    ended = warm_process.run(SCRIPT, *flags(root, images, "--overwrite"))
+    assert (ended.status, ended.errors) == (0, "")
+    assert hashes(root) == hashes(whole)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(images, whole, tmp_path):
+    """While the first one is at work; nothing of it is touched."""
+    with locked(tmp_path), pytest.raises(UserError, match="another run is at work"):
+        prepared(tmp_path, images)
+    assert files_in(tmp_path) == set()
+
+
+# ---- the same wherever it runs ----
+
+
+def test_nothing_depends_on_where_and_how_the_script_runs(images, whole, tmp_path):
+    """Another working folder, locale and hash seed, relative paths with spaces and other alphabets: the same files."""
+    (tmp_path / "Größe & 大").symlink_to(images.parent)
+    source = Path("Größe & 大") / images.name
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu"}
+    done = subprocess.run([sys.executable, PROJECT / SCRIPT, *flags("mein Ordner", source)], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "mäßig" in done.stdout
+    assert hashes(tmp_path / "mein Ordner") == hashes(whole)
+
+
+# ---- damaged afterwards ----
+
+
+def damage(content, data):
+    """Cut a file off somewhere, or change some bits of one byte."""
+    place = data.draw(st.integers(0, len(content) - 1))
+    flipped = data.draw(st.integers(0, 255))
+    return content[:place] + bytes([content[place] ^ flipped]) + content[place + 1:] if flipped else content[:place]
+
+
+@pytest.fixture(scope="module")
+def loaded(whole, backbone, tmp_path_factory):
+    """A copy of the prepared data with its pixel cache, how to load it, and what that gives."""
+    root = tmp_path_factory.mktemp("loaded")
+    shutil.copytree(whole / "fire_dataset", root / "fire_dataset")
+    config, processor = parse(PreparationConfig, ["--root", str(root)]), models.load_processor(backbone)
+    return root / "fire_dataset", lambda: load_task(FIRE, config, processor), load_task(FIRE, config, processor)
+
+
+def same(one, other):
+    """Whether two tasks' data are equal to the last bit."""
+    return (one.classes, one.fingerprint, one.near_duplicates_in_test) == (
+        other.classes, other.fingerprint, other.near_duplicates_in_test
+    ) and all(torch.equal(getattr(one, name).inputs, getattr(other, name).inputs)
+              and torch.equal(getattr(one, name).labels, getattr(other, name).labels) for name in ("train", "validation", "test"))
+
+
+@pytest.mark.parametrize("pattern, examples", [("manifest.json", 60), ("pixels_*.safetensors", 40), ("test/*.arrow", 60)])
+def test_damaged_files_give_the_clear_line_or_the_same_data(loaded, pattern, examples):
+    """Never other data, and never another error. Without its cache, so that the images themselves are read."""
+    folder, load, wanted = loaded
+    path, = folder.glob(pattern)
+    content = path.read_bytes()
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.data())
+    def check(data):
+        if pattern.startswith("test"):
+            for cache in folder.glob("pixels_*"):
+                cache.unlink()
+        path.write_bytes(damage(content, data))
+        try:
+            assert same(load(), wanted)
+        except UserError as error:
+            assert "fire_dataset" in str(error) and "Data_Preparation.py" in str(error) and "--overwrite" in str(error)
+
+    try:
+        check()
+    finally:
+        path.write_bytes(content)
+
+
+def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp_path):
+    """A cache that was copied from elsewhere is made anew, bit for bit as if it had not been there."""
+    folder, load, _ = loaded
+    load()
+    other = prepared(tmp_path, images, "--seed", "9") / "fire_dataset"
+    cache = Path(shutil.copy(*folder.glob("pixels_*"), other))
+    strange = cache.read_bytes()
+    config, processor = parse(PreparationConfig, ["--root", str(tmp_path)]), models.load_processor(backbone)
+    first = load_task(FIRE, config, processor)
+    mended = cache.read_bytes()
+    cache.unlink()
+    assert same(load_task(FIRE, config, processor), first) and cache.read_bytes() == mended != strange
+
+
+# ---- choosing and reading ----
+
+
+def chosen(labels, blocks, count, seed=0):
+    """Which rows are taken of labels that come in these blocks."""
+    source = Source(list("abcd"), np.array(labels), np.array(blocks), iter)
+    classes, rows, found = choose(source, FIRE, parse(PreparationConfig, ["--seed", str(seed), "--images_per_class", str(count)]))
+    assert classes == list("abcd") and np.array_equal(found, source.labels[rows]) and len(set(rows)) == len(rows)
+    assert np.bincount(found).tolist() == [count] * 4
+    return rows
+
+
+def test_rows_are_taken_from_few_blocks():
+    """As many as it takes: of sorted labels one a class, of mixed labels the same for all classes."""
+    labels, blocks = np.repeat(range(4), 1000), np.repeat(range(40), 100)
+    for seed in range(5):
+        assert len(set(blocks[chosen(labels, blocks, 100, seed)])) == 4
+        mixed = np.random.default_rng(seed).permutation(labels)
+        assert len(set(blocks[chosen(mixed, blocks, 100, seed)])) <= 6
+
+
+def test_every_row_of_one_block_has_its_chance():
+    """And one without a label has none."""
+    labels = [*np.repeat(range(4), 20), *[NO_LABEL] * 20]
+    assert {row for seed in range(60) for row in chosen(labels, [0] * 100, 5, seed)} == set(range(80))
+
+
+def test_images_are_read_only_as_fast_as_they_are_used():
+    """In their order, however long each takes, and few ahead."""
+    taken = []
+    with ThreadPoolExecutor(4) as pool:
+        results = in_order(pool, lambda item: (time.sleep(item % 3 / 1000), item)[1], map(lambda item: taken.append(item) or item, range(200)))
+        for used, result in enumerate(results):
+            assert result == used and len(taken) <= used + AHEAD
+    assert len(taken) == 200
