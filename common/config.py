@@ -167,7 +167,7 @@ class FinetuneConfig(TrainingFlags, RunFlags):
     _argument_group_name: ClassVar[str] = "fine-tuning"
     learning_rate: float = option(2e-5, "peak learning rate of the head; see --layer_decay")
     layer_decay: float = option(0.9, "each block learns at this share of the rate of the block above it")
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "epochs": 15}
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 15}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,8 +19,7 @@ Shape = tuple[tuple[float, float], tuple[float, float]]
 
 SIZE = (160, 90)  # width and height of a frame, pixels
 
-# Smaller tiles make all games harder to tell apart.
-TILE_HEIGHTS = (8, 9, 10)
+TILE_HEIGHT = 10  # pixels; smaller tiles make all games harder to tell apart
 TILE_STRETCHES = (1.0, 1.0, 1.0, 1.25, 1.5)
 FEWEST_TILES = 9
 DARK_CHANCE = 0.8
@@ -128,8 +127,7 @@ def random_look(dice: random.Random) -> Look:
 
 def random_field(shape: Shape, dice: random.Random) -> Field:
     """A board of random tiles at a random place, its width and height within these shares of the frame."""
-    high = dice.choice(TILE_HEIGHTS)
-    tile = round(high * dice.choice(TILE_STRETCHES)), high
+    tile = round(TILE_HEIGHT * dice.choice(TILE_STRETCHES)), TILE_HEIGHT
     cols, rows = (
         min(max(FEWEST_TILES, round(dice.uniform(*shares) * room / side)), room // side)
         for room, side, shares in zip(SIZE, tile, shape)

@@ -12,8 +12,8 @@ from common.demo.game_looks import SIZE, Box, Colour, Draw, Field, Look, Size, d
 from common.demo.game_rules import TETROMINOES
 
 # How much is laid over a frame.
-MOST_HUD_PARTS = 2
-STREAM_CHANCE = 0.1
+MOST_HUD_PARTS = 1
+STREAM_CHANCE = 0.05
 
 # What happens to the finished picture.
 ZOOM_CHANCE, LARGEST_ZOOM = 0.1, 1.2

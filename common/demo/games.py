@@ -29,9 +29,10 @@ class Custom:
     rim: str
 
 
-# In the order of CLASS_NAMES. Each custom is kept with CUSTOM_CHANCE on its own, else anything goes: a higher chance makes
-# the games easier to tell apart.
-CUSTOM_CHANCE = 0.9
+# How often each custom is kept, else anything goes: the higher, the easier the games are to tell apart. The rim helps
+# a head on frozen features most, the shape of the board helps those who learn.
+SHAPE_CHANCE, BACKDROP_CHANCE, RIM_CHANCE = 0.95, 0.95, 0.6
+# In the order of CLASS_NAMES.
 CUSTOMS = (
     Custom(((0.3, 0.45), (0.9, 1.0)), (flat, lattice), "bezel"),
     Custom(((0.8, 1.0), (0.8, 1.0)), (flat, stars), "nothing"),
@@ -47,9 +48,9 @@ def render(label: int, rng: np.random.Generator) -> np.ndarray:
     # Plain Python dice: single draws, of which a game needs thousands, are slow with numpy.
     dice, custom = random.Random(int(rng.integers(2**63))), CUSTOMS[label]
     look = random_look(dice)
-    field = random_field(custom.shape if dice.random() < CUSTOM_CHANCE else ANY_SHAPE, dice)
-    backdrops = custom.backdrops if dice.random() < CUSTOM_CHANCE else BACKDROPS
-    rim = custom.rim if dice.random() < CUSTOM_CHANCE else dice.choice(RIMS)
+    field = random_field(custom.shape if dice.random() < SHAPE_CHANCE else ANY_SHAPE, dice)
+    backdrops = custom.backdrops if dice.random() < BACKDROP_CHANCE else BACKDROPS
+    rim = custom.rim if dice.random() < RIM_CHANCE else dice.choice(RIMS)
     scene = play(label, field.cols, field.rows, dice)
     frame = dice.choice(BACKDROPS)(SIZE, look.surround, dice)
     draw_rim(frame, field, rim, look, dice)
