@@ -148,7 +148,7 @@ class BaseModelConfig(TrainingFlags, RunFlags):
     """Settings of Generate_Base_Model.py."""
 
     epochs: int = option(10, "passes over the training images' features")
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-2}
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-3}
 
 
 @dataclass

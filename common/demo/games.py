@@ -31,7 +31,7 @@ class Custom:
 
 # How often each custom is kept, else anything goes: the higher, the easier the games are to tell apart. The rim helps
 # a head on frozen features most, the shape of the board helps those who learn.
-SHAPE_CHANCE, BACKDROP_CHANCE, RIM_CHANCE = 0.95, 0.95, 0.6
+SHAPE_CHANCE, BACKDROP_CHANCE, RIM_CHANCE = 0.95, 0.95, 0.5
 # In the order of CLASS_NAMES.
 CUSTOMS = (
     Custom(((0.3, 0.45), (0.9, 1.0)), (flat, lattice), "bezel"),
