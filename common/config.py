@@ -286,10 +286,9 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
         main(config)
     except UserError as error:
         reason = str(error)
-    except OSError as error:  # no space, no permission, a file that went away
-        reason = f"{error.filename or 'input/output'}: {error.strerror or error}"
-    except SafetensorError as error:  # no space again: safetensors has its own name for it
-        reason = str(error)
+    except (OSError, SafetensorError) as error:  # no permission, no space, for which safetensors has a name of its own
+        reason = (f"{getattr(error, 'filename', None) or 'input/output'}: {getattr(error, 'strerror', None) or error}; mend it "
+                  f"or choose another --root, then run {again}")
     except KeyboardInterrupt as interrupt:
         sys.exit(f"{script}: interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on")
     else:

@@ -5,15 +5,25 @@ import json
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
+from common import models
+from common.checkpoint import Checkpoint
 from common.config import SCRIPTS, RunAllConfig, parse, run
+from common.files import read_json, versions
 from common.run_all import main as run_all
 from pipeline import REPOSITORY, Workspace, files_in, hashes
 
+pytest_plugins = ["warm_process"]
+
+AFTER_DATA = list(SCRIPTS)[1:]
 RESULTS_OF = {script: "Base_Models" if script == "Generate_Base_Model" else script for script in SCRIPTS}
+BASE, EXPERT = "Results/Base_Models/fire_base", "Results/Lora_Finetune/Models/game_lora_finetune"
+CHECKPOINT = "Results/Finetune/Checkpoints/fire_finetune.safetensors"
 
 
 def complaint(monkeypatch, capsys, script, flags, main=None):
@@ -21,8 +31,12 @@ def complaint(monkeypatch, capsys, script, flags, main=None):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     with pytest.raises(SystemExit) as end:
         run(main or importlib.import_module(script).main, SCRIPTS.get(script, RunAllConfig))
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and said.startswith(f"{script}.py: ")
+    return one_line(script, end.value.code, capsys.readouterr().err)
+
+
+def one_line(script, status, said):
+    """What a script said on stderr, if it is as it should be."""
+    assert status == 2 and said.count("\n") == 1 and said.startswith(f"{script}.py: ")
     return said
 
 
@@ -59,21 +73,110 @@ def other_images(tmp_path_factory, backbone):
     return made
 
 
-def exchange_images(place, other_images):
+@pytest.fixture(scope="session")
+def interrupted(tmp_path_factory, workspace):
+    """The workspace with a fine-tuning that was cut short after its first epoch."""
+    place = workspace.copy(tmp_path_factory.mktemp("interrupted") / "root", "fire_dataset", "game_dataset")
+    save = Checkpoint.save
+
+    def save_and_end(self, *state):
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", save_and_end)
+        place.run("Finetune")
+    return place
+
+
+# ---- bad inputs, all in one table ----
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A script, its flags, what is wrong, and what the one line must say.
+
+    spoil: what is done to a copy of the finished workspace; it can get a fixture by its name. anew: the script's own
+    results are not there yet; leaves: the line, and whole earlier results, come in the middle of the work, which may leave
+    what it had already done; size: of any file, in bytes, that the disk takes; alone: it runs in a process of its own,
+    for which there is no Hub.
+    """
+
+    script: str
+    says: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    spoil: Callable[[Workspace, Callable], None] | None = None
+    anew: bool = True
+    leaves: bool = False
+    size: int | None = None
+    alone: bool = False
+
+
+def cut(path):
+    """Keep the first half of a file."""
+    def spoil(place, _):
+        found = next(place.root.glob(path))
+        found.write_bytes(found.read_bytes()[: found.stat().st_size // 2])
+    return spoil
+
+
+def holds(path, content):
+    """Put something else into a file."""
+    return lambda place, _: (place.root / path).write_text(content)
+
+
+def gone(path):
+    """Delete a folder."""
+    return lambda place, _: shutil.rmtree(place.root / path)
+
+
+def exchange_images(place, fixture):
     """Put other images in place of those that the results of a workspace were made from."""
     for name in ("fire_dataset", "game_dataset"):
         shutil.rmtree(place.root / name)
-    other_images.copy(place.root)
+    fixture("other_images").copy(place.root)
 
 
-def damage(path):
-    """Cut a file in the middle."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def damage_images(place, _):
+    """Cut a file of the prepared images, of which there are no resized ones."""
+    for path in (place.root / "fire_dataset").glob("pixels_*"):
+        path.unlink()
+    cut("fire_dataset/test/*.arrow")(place, _)
 
 
-# ---- flags ----
+def drop_rows(script):
+    """Take a script's rows out of the summary."""
+    def spoil(place, _):
+        path = place.results / "summary.csv"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if not line.startswith(RESULTS_OF[script])))
+    return spoil
 
-BAD_VALUES = {
+
+def interrupt(place, fixture):
+    """Put a fine-tuning there that was cut short."""
+    shutil.copytree(fixture("interrupted").results / "Finetune", place.results / "Finetune")
+
+
+def and_then(*steps):
+    """One thing after the other."""
+    return lambda place, fixture: [step(place, fixture) for step in steps]
+
+
+def not_a_beit(place, _):
+    """Call the backbone's copy, which goes with the workspace, a ViT."""
+    shutil.copytree(place.model, place.root / "vit")
+    path = place.root / "vit" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "vit"}))
+
+
+def nowhere(place, _):
+    """Let Results/ be where nobody can make a folder."""
+    shutil.rmtree(place.results)
+    place.results.symlink_to("/proc/self/fdinfo")
+
+
+BAD_FLAGS = {
     "Data_Preparation": [("--images_per_class", value) for value in ("x", "4", "-5", "1.5", "all")],
     "Generate_Base_Model": [
         ("--epochs", "0"), ("--epochs", "x"), ("--batch_size", "0"), ("--batch_size", "2.5"),
@@ -81,7 +184,7 @@ BAD_VALUES = {
         ("--learning_rate", "-0.001"), ("--learning_rate", "nan"), ("--weight_decay", "-1"), ("--warmup_epochs", "-1"),
         ("--warmup_epochs", "inf"), ("--seed", "-1"), ("--seed", "99999999999999999999"), ("--precision", "fp8"),
         ("--device", "abacus"), ("--device", "meta"), ("--model", "/no/such/folder"),
-        ("--model", str(REPOSITORY / "tests")),
+        ("--model", str(REPOSITORY / "tests")), ("--checkpoint_every_steps", "-1"),
     ],
     "Benchmark": [("--device", "abacus"), ("--device", "hpu"), ("--model", "/no/such/folder")],
     "Finetune": [("--layer_decay", "0"), ("--layer_decay", "2"), ("--layer_decay", "nan"), ("--epochs", "0")],
@@ -90,25 +193,115 @@ BAD_VALUES = {
         ("--gate_hidden", "0"), ("--routing_weight", "-0.1"), ("--routing_weight", "inf"), ("--batch_size", "-1"),
     ],
 }
+PREPARE, MAKE_BASE, MAKE_EXPERTS = (f"python {script}.py --demo --root {{root}}" for script in (
+    "Data_Preparation", "Generate_Base_Model", "Lora_Finetune"))
+
+BAD_INPUTS = {
+    **{f"{script} {flag} {value}": Bad(script, (flag, value), (flag, value))
+       for script, bad in BAD_FLAGS.items() for flag, value in bad},
+    **{f"{script} unknown flag": Bad(script, ("--epoch", "--help"), ("--epoch", "3"), anew=False) for script in SCRIPTS},
+    # data
+    **{f"{script} no dataset": Bad(script, ("game_dataset", PREPARE), spoil=gone("game_dataset"), anew=False)
+       for script in AFTER_DATA},
+    **{f"{script} manifest {content!r}": Bad(
+        script, ("manifest.json", "Data_Preparation.py", "--overwrite"), anew=False,
+        spoil=holds("fire_dataset/manifest.json", content)) for script in SCRIPTS for content in ("", "{", "[]", "\0")},
+    "damaged images": Bad("Benchmark", ("fire_dataset", "Data_Preparation.py", "--overwrite"), spoil=damage_images),
+    **{f"{script} finished with other images": Bad(
+        script, ("data.fire = ", "--overwrite"), spoil=exchange_images, anew=False) for script in AFTER_DATA},
+    "base of other images": Bad(
+        "Lora_Finetune", ("fire_base", "other images", MAKE_BASE, "--overwrite"), spoil=exchange_images),
+    "expert of other images": Bad(
+        "CGM_Lora", ("fire_lora_finetune", "other images", MAKE_EXPERTS, "--overwrite"), spoil=exchange_images),
+    # models
+    "no base": Bad("Lora_Finetune", ("fire_base", MAKE_BASE), spoil=gone(BASE)),
+    **{f"base with half its {name}": Bad(
+        "Lora_Finetune", ("fire_base", MAKE_BASE, "--overwrite"), spoil=cut(f"{BASE}/{name}"))
+       for name in ("config.json", "model.safetensors", "provenance.json")},
+    "no expert": Bad("CGM_Lora", ("game_lora_finetune", MAKE_EXPERTS), spoil=gone(EXPERT)),
+    **{f"expert with half its {name}": Bad(
+        "CGM_Lora", ("game_lora_finetune", MAKE_EXPERTS, "--overwrite"), spoil=cut(f"{EXPERT}/{name}"))
+       for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")},
+    **{f"{script} after {before} on another backbone": Bad(
+        script, ("not {other_backbone}", f"{before}.py", "--overwrite"), ("--model", "{other_backbone}"))
+       for script, before in (("Lora_Finetune", "Generate_Base_Model"), ("CGM_Lora", "Lora_Finetune"))},
+    **{f"{script} finished on another backbone": Bad(
+        script, ("model = {model}, not {other_backbone}", "--overwrite"), ("--model", "{other_backbone}"), anew=False)
+       for script in AFTER_DATA},
+    "no BEiT": Bad("Benchmark", ("vit", "BEiT"), ("--model", "{root}/vit"), spoil=not_a_beit),
+    # results and checkpoints
+    **{f"{script} summary {content!r}": Bad(
+        script, ("summary.csv", "--overwrite"), spoil=holds("Results/summary.csv", content))
+       for script in AFTER_DATA for content in ("", "method\nFinetune\n", "a,b\n1,2\n", "\0")},
+    **{f"{script} finished, not in the summary": Bad(
+        script, (f"no rows of {RESULTS_OF[script]}", "--overwrite"), spoil=drop_rows(script), anew=False)
+       for script in AFTER_DATA},
+    **{f"{script} finished with half a config": Bad(
+        script, (f"{RESULTS_OF[script]}/config.json", "--overwrite"), spoil=cut(f"Results/{RESULTS_OF[script]}/config.json"),
+        anew=False) for script in AFTER_DATA},
+    "half a checkpoint": Bad("Finetune", (CHECKPOINT, "delete it"), spoil=and_then(interrupt, cut(CHECKPOINT))),
+    "an empty checkpoint": Bad("Finetune", (CHECKPOINT, "delete it"), spoil=and_then(interrupt, holds(CHECKPOINT, ""))),
+    "a checkpoint of other settings": Bad(
+        "Finetune", (CHECKPOINT, "batch_size = 8, not 4", "--overwrite"), ("--batch_size", "4"), spoil=interrupt),
+    "a checkpoint of other images": Bad(
+        "Finetune", (CHECKPOINT, "data.fire = ", "--overwrite"), spoil=and_then(interrupt, exchange_images)),
+    "a checkpoint on another backbone": Bad(
+        "Finetune", (CHECKPOINT, "not {other_backbone}", "--overwrite"), ("--model", "{other_backbone}"), spoil=interrupt),
+    "a folder where a link belongs": Bad(
+        "Benchmark", ("Benchmark_Data", "move it away"), leaves=True,
+        spoil=and_then(lambda place, _: (place.results / "Benchmark_Data").unlink(),
+                       lambda place, _: (place.results / "Benchmark_Data").mkdir(),
+                       holds("Results/Benchmark_Data/notes.txt", "mine"))),
+    # disk
+    "a file where the root belongs": Bad(
+        "Data_Preparation", ("{root}/file", "--root"), ("--root", "{root}/file"), spoil=holds("file", "")),
+    "Results where nobody can write": Bad("Benchmark", ("Results", "cannot be written", "--root"), spoil=nowhere),
+    "no space for a checkpoint": Bad("Finetune", (CHECKPOINT, "cannot be written", "make room"), leaves=True, size=50_000),
+    "no space for anything": Bad("Finetune", (CHECKPOINT, "cannot be written"), leaves=True, size=500),
+    "no space for a table": Bad("Benchmark", ("Benchmark_Fire_Risk.csv", "cannot be written"), leaves=True, size=500),
+    "no space for a model": Bad("CGM_Lora", ("fire_game_cgm_lora", "cannot be written"), leaves=True, size=100_000),
+    # network
+    "no network for the data": Bad(
+        "Data_Preparation", ("blanchon/FireRisk", "--demo", "--fire_source"), ("--root", "{root}/new"), alone=True),
+    "no network for the backbone": Bad(
+        "Benchmark", ("nobody/beit", "network", "--demo"), ("--model", "nobody/beit"), alone=True),
+}
 
 
-def needs(script):
-    """What must be there before a script can run."""
-    before = {"Lora_Finetune": ["Results/Base_Models"], "CGM_Lora": ["Results/Lora_Finetune"]}
-    return [] if script == "Data_Preparation" else ["fire_dataset", "game_dataset", *before.get(script, [])]
+@contextmanager
+def files_of_at_most(size):
+    """A disk that is full after `size` bytes of any one file; None for one that is not."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size or limits[0], limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("script, flag, value", [(s, *bad) for s, all_bad in BAD_VALUES.items() for bad in all_bad])
-def test_a_bad_value_is_refused_by_name(refuse, workspace, tmp_path, script, flag, value):
-    place = workspace.copy(tmp_path / "root", *needs(script)) if needs(script) else Workspace(tmp_path, workspace.model)
-    line = refuse(place, script, flag, value)
-    assert flag in line and value in line
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_unknown_flag_is_refused_by_name(refuse, workspace, script):
-    line = refuse(workspace, script, "--epoch", "3")
-    assert "--epoch" in line and "--help" in line
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_a_bad_input_is_refused_in_one_line_and_harms_nothing(
+        monkeypatch, capsys, request, workspace, other_backbone, mutable, name):
+    bad, place = BAD_INPUTS[name], mutable
+    if bad.anew:
+        for made in ["fire_dataset", "game_dataset"] if bad.script == "Data_Preparation" else [RESULTS_OF[bad.script]]:
+            shutil.rmtree(next(path / made for path in (place.root, place.results) if (path / made).exists()))
+    if bad.spoil:
+        bad.spoil(place, request.getfixturevalue)
+    names = {"root": place.root, "model": place.model, "other_backbone": other_backbone}
+    flags = place.flags(bad.script, *(flag.format(**names) for flag in bad.flags))
+    before = hashes(place.root)
+    if bad.alone:
+        flags.remove("--demo")
+        ended = request.getfixturevalue("warm_process").run(f"{bad.script}.py", *flags)
+        line = one_line(bad.script, ended.status, ended.errors)
+    else:
+        with files_of_at_most(bad.size):
+            line = complaint(monkeypatch, capsys, bad.script, flags)
+    assert [words for words in bad.says if words.format(**names) not in line] == []
+    after = hashes(place.root)
+    assert after == before or bad.leaves and before.items() <= after.items() and not any(".part" in name for name in after)
+    assert not bad.anew or not (place.results / RESULTS_OF[bad.script] / "config.json").exists()
 
 
 def test_an_unknown_flag_of_run_all_is_refused_by_name(monkeypatch, capsys):
@@ -143,140 +336,60 @@ def test_a_learning_rate_of_zero_learns_nothing(unfinished):
     assert history[1].split(",")[2] == history[2].split(",")[2]  # validation loss
 
 
-# ---- missing and damaged files ----
-
-
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-def test_a_missing_dataset_names_the_script_that_makes_it(refuse, mutable, script):
-    shutil.rmtree(mutable.root / "game_dataset")
-    line = refuse(mutable, script)
-    assert "game_dataset" in line and f"python Data_Preparation.py --demo --root {mutable.root}" in line
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\0"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_damaged_manifest_names_the_way_to_make_it_anew(refuse, mutable, script, content):
-    (mutable.root / "fire_dataset" / "manifest.json").write_text(content)
-    line = refuse(mutable, script)
-    assert "manifest.json" in line and "Data_Preparation.py" in line and "--overwrite" in line
-
-
-def test_damaged_images_name_the_way_to_make_them_anew(refuse, unfinished):
-    place = unfinished("Benchmark")
-    for path in (place.root / "fire_dataset").glob("pixels_*"):
-        path.unlink()
-    damage(next((place.root / "fire_dataset" / "test").glob("*.arrow")))
-    line = refuse(place, "Benchmark")
-    assert "fire_dataset" in line and "Data_Preparation.py" in line and "--overwrite" in line
-
-
-def test_a_missing_base_model_names_the_script_that_makes_it(refuse, unfinished):
-    place = unfinished("Lora_Finetune")
-    shutil.rmtree(place.results / "Base_Models" / "fire_base")
-    line = refuse(place, "Lora_Finetune")
-    assert "fire_base" in line and f"python Generate_Base_Model.py --demo --root {place.root}" in line
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "provenance.json"])
-def test_a_damaged_base_model_names_the_way_to_make_it_anew(refuse, unfinished, name):
-    place = unfinished("Lora_Finetune")
-    damage(place.results / "Base_Models" / "fire_base" / name)
-    line = refuse(place, "Lora_Finetune")
-    assert "fire_base" in line and "Generate_Base_Model.py" in line and "--overwrite" in line
-
-
-def test_a_missing_expert_names_the_script_that_makes_it(refuse, unfinished):
-    place = unfinished("CGM_Lora")
-    shutil.rmtree(place.results / "Lora_Finetune" / "Models" / "game_lora_finetune")
-    line = refuse(place, "CGM_Lora")
-    assert "game_lora_finetune" in line and f"python Lora_Finetune.py --demo --root {place.root}" in line
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "provenance.json"])
-def test_a_damaged_expert_is_named(refuse, unfinished, name):
-    place = unfinished("CGM_Lora")
-    damage(place.results / "Lora_Finetune" / "Models" / "game_lora_finetune" / name)
-    assert "game_lora_finetune" in refuse(place, "CGM_Lora")
-
-
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-@pytest.mark.parametrize("content", ["", "method\nFinetune\n", "a,b\n1,2\n", "\0"])
-def test_a_damaged_summary_is_named_before_any_work(refuse, unfinished, script, content):
-    place = unfinished(script)
-    (place.results / "summary.csv").write_text(content)
-    line = refuse(place, script)
-    assert "summary.csv" in line and "--overwrite" in line
-
-
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-def test_finished_results_that_the_summary_lacks_are_named(refuse, mutable, script):
-    path = mutable.results / "summary.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if not line.startswith(RESULTS_OF[script])))
-    line = refuse(mutable, script)
-    assert f"no rows of {RESULTS_OF[script]}" in line and "--overwrite" in line
-
-
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-def test_a_damaged_config_of_finished_results_is_named(refuse, mutable, script):
-    damage(mutable.results / RESULTS_OF[script] / "config.json")
-    line = refuse(mutable, script)
-    assert f"{RESULTS_OF[script]}/config.json" in line and "--overwrite" in line
-
-
-def test_a_folder_in_the_place_of_the_link_is_not_deleted(monkeypatch, capsys, unfinished):
-    place = unfinished("Benchmark")
-    mine = place.results / "Benchmark_Data"
-    mine.unlink()
-    mine.mkdir()
-    (mine / "notes.txt").write_text("mine")
-    assert "Benchmark_Data" in complaint(monkeypatch, capsys, "Benchmark", place.flags("Benchmark"))
-    assert (mine / "notes.txt").read_text() == "mine"
-
-
 # ---- results made from something else ----
 
 
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-def test_finished_results_of_other_images_are_refused(refuse, mutable, other_images, script):
-    exchange_images(mutable, other_images)
-    line = refuse(mutable, script)
-    assert "data.fire = " in line and "--overwrite" in line
-
-
-def test_base_models_of_other_images_are_refused(refuse, unfinished, other_images):
-    place = unfinished("Lora_Finetune")
-    exchange_images(place, other_images)
-    line = refuse(place, "Lora_Finetune")
-    assert "fire_base" in line and "other images" in line and "Generate_Base_Model.py" in line and "--overwrite" in line
-
-
-def test_experts_of_other_images_are_refused(refuse, unfinished, other_images):
-    place = unfinished("CGM_Lora")
-    exchange_images(place, other_images)
+def test_a_backbone_that_was_exchanged_is_found_out_at_every_step(refuse, workspace, other_backbone, tmp_path):
+    """Its name is still the same. Each step names the one before it, until all are made anew."""
+    shutil.copytree(workspace.model, tmp_path / "backbone")
+    place = Workspace(tmp_path / "root", str(tmp_path / "backbone"))
+    workspace.copy(place.root, "fire_dataset", "game_dataset")
+    place.run("Generate_Base_Model")
+    place.run("Lora_Finetune")
+    shutil.copytree(other_backbone, tmp_path / "backbone", dirs_exist_ok=True)
     line = refuse(place, "CGM_Lora")
-    assert "fire_lora_finetune" in line and "other images" in line
-    assert "Lora_Finetune.py" in line and "--overwrite" in line
+    assert "fire_lora_finetune" in line and "other backbone weights" in line and "python Lora_Finetune.py" in line
+    assert "backbone = " in refuse(place, "Lora_Finetune")
+    shutil.rmtree(place.results / "Lora_Finetune")
+    line = refuse(place, "Lora_Finetune")
+    assert "fire_base" in line and "other backbone weights" in line and "python Generate_Base_Model.py" in line
+    assert "--overwrite" in line
 
 
-@pytest.mark.parametrize("script, made_by", [("Lora_Finetune", "Generate_Base_Model"), ("CGM_Lora", "Lora_Finetune")])
-def test_models_on_another_backbone_are_refused(refuse, unfinished, other_backbone, script, made_by):
-    line = refuse(unfinished(script), script, "--model", other_backbone)
-    assert f"not {other_backbone}" in line and f"{made_by}.py" in line and "--overwrite" in line
+def test_base_models_that_were_exchanged_are_found_out_at_every_step(refuse, unfinished):
+    place = unfinished("CGM_Lora")
+    place.run("Generate_Base_Model", "--epochs", "1", "--overwrite")
+    line = refuse(place, "CGM_Lora")
+    assert "fire_lora_finetune" in line and "another base model" in line
+    assert f"python Lora_Finetune.py --demo --root {place.root}" in line and "--overwrite" in line
+    assert "base.fire = " in refuse(place, "Lora_Finetune")
+    place.run("Lora_Finetune", "--overwrite")
+    place.run("CGM_Lora")
 
 
-@pytest.mark.parametrize("script", list(SCRIPTS)[1:])
-def test_finished_results_on_another_backbone_are_refused(refuse, workspace, other_backbone, script):
-    line = refuse(workspace, script, "--model", other_backbone)
-    assert f"model = {workspace.model}, not {other_backbone}" in line and "--overwrite" in line
+@pytest.mark.parametrize("script, start", [("Lora_Finetune", "Results/Base_Models"), ("CGM_Lora", "Results/Lora_Finetune")])
+def test_finished_results_stay_so_without_what_they_were_made_from(mutable, capsys, script, start):
+    shutil.rmtree(mutable.root / start)
+    mutable.run(script)
+    assert f"{script} is finished already" in capsys.readouterr().out
 
 
-def test_a_backbone_that_is_no_beit_is_refused(refuse, unfinished, workspace, tmp_path):
-    shutil.copytree(workspace.model, tmp_path / "vit")
-    path = tmp_path / "vit" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "vit"}))
-    line = refuse(unfinished("Benchmark"), "Benchmark", "--model", str(tmp_path / "vit"))
-    assert "vit" in line and "BEiT" in line
+def test_results_of_other_package_versions_say_so(monkeypatch, workspace, capsys):
+    monkeypatch.setattr("common.results.versions", lambda: {**versions(), "torch": "1.0"})
+    workspace.run("Finetune")
+    said = capsys.readouterr().out
+    assert f"made with packages.torch = {versions()['torch']}, not 1.0" in said and "Finetune is finished already" in said
+
+
+@pytest.mark.parametrize("script", AFTER_DATA)
+def test_config_json_tells_all_that_results_were_made_from(workspace, script):
+    config = read_json(workspace.results / RESULTS_OF[script] / "config.json", "")
+    assert config["packages"] == versions() and len(config["backbone"]) == 64 and set(config["data"]) == {"fire", "game"}
+    starts = {"Lora_Finetune": ("base", [BASE, BASE.replace("fire", "game")]), "CGM_Lora": (
+        "experts", [EXPERT.replace("game", "fire"), EXPERT])}
+    if script in starts:
+        kind, folders = starts[script]
+        assert list(config[kind].values()) == [models.fingerprint(workspace.root / folder) for folder in folders]
 
 
 # ---- what goes wrong on the way ----
@@ -286,32 +399,6 @@ def test_a_backbone_that_is_no_beit_is_refused(refuse, unfinished, workspace, tm
 def test_a_loss_that_is_not_finite_is_named_with_the_way_out(refuse, unfinished, script):
     line = refuse(unfinished(script), script, "--learning_rate", "4e9", "--weight_decay", "4e9", "--epochs", "8")
     assert "loss is" in line and "--learning_rate" in line
-
-
-@contextmanager
-def files_of_at_most(size):
-    """A disk that is full after `size` bytes of any one file."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize(
-    "script, size", [("Finetune", 50_000), ("Finetune", 500), ("Benchmark", 500), ("CGM_Lora", 50_000)]
-)
-def test_a_full_disk_leaves_no_half_written_file_and_no_earlier_result_harmed(
-        monkeypatch, capsys, unfinished, script, size):
-    place = unfinished(script)
-    before = hashes(place.root)
-    with files_of_at_most(size):
-        complaint(monkeypatch, capsys, script, place.flags(script))
-    after = hashes(place.root)
-    assert {name: after.get(name) for name in before} == before
-    assert not [name for name in files_in(place.root) if ".part" in name]
-    assert not (place.results / script / "config.json").exists()
 
 
 def test_a_full_disk_leaves_no_half_written_tensors(monkeypatch, capsys, unfinished):

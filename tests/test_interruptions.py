@@ -123,7 +123,8 @@ def test_a_signal_outside_of_training_has_its_usual_effect():
 
 def test_run_all_leaves_a_script_the_time_to_save():
     """It is asked to end itself, asks the script, and tells the script's own status."""
-    script = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint(flush=True)\ntime.sleep(60)"
+    script = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint(flush=True)\n"
+              "time.sleep(60)")
     code = f"from common.run_all import wait_for\nprint(wait_for([{sys.executable!r}, '-c', {script!r}]))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
         process.stdout.readline()
@@ -257,7 +258,7 @@ def test_too_little_memory_is_said_with_the_ways_out(monkeypatch):
     def greedy(model, inputs, labels, tasks):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    with pytest.raises(UserError, match="halve --batch_size .now 8. and double --accumulation_steps .* --gradient_checkpointing"):
+    with pytest.raises(UserError, match="halve --batch_size .now 8. and double --accumulation_steps .* --gradient_check"):
         trained(settings(), loss=greedy)
 
 
@@ -337,25 +338,17 @@ def test_a_damaged_summary_is_refused_in_one_line_that_tells_the_way_out(mutable
 
 @pytest.mark.parametrize("name", ["provenance.json", "adapter_config.json", "adapter_model.safetensors"])
 def test_a_damaged_expert_is_never_used(mutable, tasks, name):
-    path = models.lora_folder(mutable.config("CGM_Lora"), tasks[0].task) / name
-    content = path.read_bytes()
-    made_from = models.check_model(path.parent, tasks[0], "Lora_Finetune", mutable.config("CGM_Lora"), backbone_of(mutable, tasks))
+    config, data = mutable.config("CGM_Lora"), tasks[0]
+    path = models.lora_folder(config, data.task) / name
+    backbone = models.backbone_fingerprint(models.load_backbone(mutable.model, data.classes, 0))
+    whole, content = models.check_model(path.parent, data, "Lora_Finetune", config, backbone), path.read_bytes()
     for spoilt in list(damaged(content))[:: 1 if len(content) < 5000 else 40]:
         path.write_bytes(spoilt)
         try:
-            found = models.check_model(
-                path.parent, tasks[0], "Lora_Finetune", mutable.config("CGM_Lora"), backbone_of(mutable, tasks))
+            assert models.check_model(path.parent, data, "Lora_Finetune", config, backbone) == whole  # a blank
+            assert name == "provenance.json"
         except UserError as error:
             assert "fire_lora_finetune" in str(error) and "Lora_Finetune.py" in str(error) and "\n" not in str(error)
-        else:
-            assert name == "provenance.json" and found == made_from  # a blank
-
-
-def backbone_of(place, tasks, known={}):  # noqa: B006
-    """The fingerprint of a workspace's backbone."""
-    if place.model not in known:
-        known[place.model] = models.backbone_fingerprint(models.load_backbone(place.model, tasks[0].classes, 0))
-    return known[place.model]
 
 
 # ---- locks ----
