@@ -20,10 +20,11 @@ from common.data import ImageSet, TaskData, load_task, together
 from common.files import PROVENANCE_FILE, command, differences, read_json, remove, write_csv
 from common.results import Results
 from common.tasks import TASKS
-from common.training import Fit, Loss, cross_entropy, evaluate, fit
+from common.training import Fit, Loss, cross_entropy, device_of, evaluate, fit
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 COMPARISON = "CGM_Lora_Comparison"
+WARM_START_IMAGES = 256
 
 
 def main(config: MixtureConfig) -> None:
@@ -43,7 +44,8 @@ def main(config: MixtureConfig) -> None:
             table = comparison.compare(config, tasks, load(folder, config, tasks), build, train, results.checkpoint)
             write_csv(results.folder / f"{COMPARISON}.csv", table)
             plotting.comparison(results.folder / f"{COMPARISON}.png", table, results.title("One model for all tasks"))
-            print(table[["method", "task", "accuracy_mean", "accuracy_spread", "mcnemar_p"]].to_string(index=False))
+            shown = table[["method", "task", "accuracy_mean", "accuracy_spread", "mcnemar_p"]]
+            print(shown.to_string(index=False, float_format="{:.3g}".format))
 
 
 def make(config: MixtureConfig, tasks: list[TaskData], results: Results, processor: BeitImageProcessorPil,
@@ -109,6 +111,9 @@ def train(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], 
     """Train the gates on the training images of all tasks in random order."""
     images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
     own = torch.tensor([model.expert_names.index(data.task.key) for data in tasks])
+    device = device_of(config)
+    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:WARM_START_IMAGES]
+    model.to(device).warm_start(own[images.tasks[sample]], images.batch(sample).to(device))
     loss = routing_loss(own, config.routing_weight)
     return fit(model, images, validation, config, "CGM", loss=loss, checkpoint=checkpoint)
 

@@ -97,12 +97,7 @@ class Gate(nn.Module):
 
     def _weigh(self, hidden: Tensor, routing: Routing, layer: str) -> Tensor:
         """Weights (B, E) from the hidden layer's output (B, N, H)."""
-        mask = routing.token_mask(hidden, layer)
-        if mask is None:
-            pooled = hidden.mean(1)
-        else:
-            share = mask.to(hidden) / mask.sum(1, keepdim=True).clamp_min(1)  # (B, N)
-            pooled = (hidden * share[:, :, None]).sum(1)
+        pooled = mean_tokens(hidden, routing, layer)
         return self.select(torch.softmax(self.output(pooled).float(), dim=-1), routing.top_k)
 
     def select(self, weights: Tensor, top_k: int | None) -> Tensor:
@@ -117,6 +112,34 @@ class Gate(nn.Module):
         kept = kept / kept.sum(-1, keepdim=True)
         return kept + weights - weights.detach() if self.training else kept
 
+    @torch.no_grad()
+    def warm_start(self, tokens: Tensor, owners: Tensor, routing: Routing, layer: str) -> None:
+        """Choose weights that tell apart whose image it is, from a sample: tokens (B, N, D), owners (B,) expert of each image.
+
+        The first hidden units look along the directions in which the experts' images differ (linear discriminants with
+        diagonal covariance); they are scaled to deviation 1 over the tokens, with a bias at which most tokens pass the
+        ReLU. The output layer is then fitted by logistic regression.
+        """
+        tokens = tokens.float()
+        images, experts = mean_tokens(tokens, routing, layer), self.output.out_features  # (B, D)
+        chosen = F.one_hot(owners, experts).to(images)  # (B, E)
+        counts = chosen.sum(0)[:, None].clamp_min(1)
+        centres = chosen.T @ images / counts  # (E, D)
+        spread = (images - centres[owners]).square().mean(0).sqrt()  # (D,)
+        spread = spread + spread.mean().clamp_min(1e-6)  # a feature that hardly varies in the sample proves little
+        apart = (centres - images.mean(0)) / spread * (chosen.sum(0)[:, None] > 0)
+        if experts > len(self.hidden.weight):  # more experts than units: the directions that tell most of them apart
+            apart = torch.linalg.svd(apart, full_matrices=False).Vh[: len(self.hidden.weight)]
+        weight = self.hidden.weight.float()
+        weight[: len(apart)] = apart / spread
+        deviation, mean = torch.std_mean((tokens @ weight.T).flatten(0, 1), dim=0)  # (H,)
+        deviation = deviation.clamp_min(1e-6)
+        self.hidden.weight.copy_(weight / deviation[:, None])
+        self.hidden.bias.copy_(1 - mean / deviation)
+        pooled = mean_tokens(F.relu(F.linear(tokens, self.hidden.weight.float(), self.hidden.bias.float())), routing, layer)
+        for parameter, value in zip(self.output.parameters(), logistic_regression(pooled, owners, experts), strict=True):
+            parameter.copy_(value)
+
     def grow(self, index: int) -> None:
         """Add an expert at position `index`; the weights of the others stay.
 
@@ -125,6 +148,37 @@ class Gate(nn.Module):
         self.output.weight = nn.Parameter(_insert_mean(self.output.weight, index))
         self.output.bias = nn.Parameter(_insert_mean(self.output.bias, index))
         self.output.out_features += 1
+
+
+def mean_tokens(values: Tensor, routing: Routing, layer: str) -> Tensor:
+    """The mean (B, D) over the tokens that count of values (B, N, D) in the layer of that name."""
+    mask = routing.token_mask(values, layer)
+    if mask is None:
+        return values.mean(1)
+    share = mask.to(values) / mask.sum(1, keepdim=True).clamp_min(1)  # (B, N)
+    return (values * share[:, :, None]).sum(1)
+
+
+@torch.enable_grad()
+def logistic_regression(features: Tensor, labels: Tensor, classes: int, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Weight (classes, D) and bias (classes,) of multinomial logistic regression on features (N, D), ridge on the weight
+    for features of deviation 1."""
+    deviation, mean = torch.std_mean(features, dim=0)
+    deviation = deviation.clamp_min(1e-6)
+    inputs = (features - mean) / deviation
+    weight = inputs.new_zeros(classes, inputs.shape[1], requires_grad=True)
+    bias = inputs.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(inputs, weight, bias), labels) + ridge * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    scaled = weight.detach() / deviation
+    return scaled, bias.detach() - scaled @ mean
 
 
 def _insert_mean(rows: Tensor, index: int) -> Tensor:

@@ -128,6 +128,30 @@ class ContextGatedMOE(nn.Module):
         finally:
             self.routing.fixed = previous
 
+    @torch.no_grad()
+    def warm_start(self, owners: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Before training: let every gate that was not trained yet choose the right expert for a sample of inputs.
+
+        owners: (B,) int64, for each image the position in `expert_names` of the expert it belongs to; the other arguments
+        are those of `forward`, best a hundred inputs or more of all kinds. One pass: layer after layer, each gate is fitted
+        in closed form to what its layer sees (`Gate.warm_start`). Gates start far apart in the size of their input; without
+        this some learn slowly or never. Gates that were trained, their output layer no longer zero, stay.
+        """
+
+        def fit(layer: MixtureLinear | MixtureHead, inputs: tuple[Tensor]) -> None:
+            tokens = self.routing.per_image(inputs[0])
+            layer.gate.warm_start(tokens, owners.to(tokens.device), self.routing, layer.name)
+
+        untrained = [layer for layer in self.mixture_layers().values() if not layer.gate.output.weight.any()]
+        hooks = [layer.register_forward_pre_hook(fit) for layer in untrained]
+        training = self.training
+        try:
+            self.eval()(*args, **kwargs)
+        finally:
+            self.train(training)
+            for hook in hooks:
+                hook.remove()
+
     def add_expert(self, name: str, adapter: str | Path) -> None:
         """Add one peft LoRA adapter; the gates grow by one output and keep what they learned about the others.
 

@@ -507,6 +507,38 @@ def test_gradient_checkpointing_gives_the_same_gradients(all_adapters, name):
         assert_close(actual, expected)
 
 
+def two_kinds(case: Case) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of two kinds that differ in every image, and the expert each belongs to."""
+    inputs = case.batch(12)
+    owners = torch.arange(12) % 2
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point():
+            inputs[name] = tensor + 2.0 * owners.view(-1, *[1] * (tensor.ndim - 1))
+        elif name == "input_ids":
+            inputs[name] = torch.where(owners[:, None].bool(), tensor % 20, tensor % 20 + 20)
+    return inputs, owners
+
+
+@pytest.mark.parametrize("hidden", [1, 4])
+def test_a_warm_start_chooses_the_own_expert_and_moves_gates_only(case, adapters, hidden):
+    names = ["attention", "headless"]
+    model = ContextGatedMOE.from_adapters(case.build(), {name: adapters[name] for name in names}, gate_hidden=hidden).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs, owners = two_kinds(case)
+    model.warm_start(owners, **inputs)
+    assert model.training and {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {
+        name for name in before if ".gate." in name}
+    chosen = torch.stack([weights.argmax(1) == owners for weights in recorded(model.eval(), inputs).values()])
+    assert chosen.float().mean() > 0.9
+
+
+def test_a_warm_start_leaves_trained_gates_alone(plain_adapters):
+    model = mixture(PLAIN, plain_adapters)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.warm_start(torch.arange(12) % 4, **PLAIN.batch(12))
+    assert_same_tensors(model.state_dict(), before)
+
+
 def test_accelerate_trains_a_step(beit_adapters):
     accelerator, model = Accelerator(cpu=True), mixture(BEIT, beit_adapters).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
