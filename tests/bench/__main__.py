@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -45,8 +46,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, DEMO], help="which to run; all by default")
     made.add_argument("--output", type=Path, default=Path("bench_results"), help="folder of tables and pictures (default: %(default)s)")
+    made.add_argument("--root", type=Path, help="folder for the demo's images, kept for the next run (default: a temporary one)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     made.add_argument("--device", default="auto", help="auto takes a GPU if there is one; or cpu, cuda (default: %(default)s)")
+    made.add_argument("--cpu_time", action="store_true", help="CPU seconds of one thread, for a machine that is busy with other things")
+    made.add_argument("--large", action="store_true", help="BEiT-large's size wherever it says BEiT-base's, for a GPU")
     made.add_argument("--quick", action="store_true", help="tiny models and one round, to see that everything runs")
     return made
 
@@ -55,10 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run, print and write every benchmark that was asked for."""
     options = parser().parse_args(arguments)
     device = device_of(parse(BenchmarkConfig, ["--device", options.device]))
-    name_of_machine = machine(device)
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    name_of_machine = machine(device) + (", CPU time" if options.cpu_time else "")
     print(name_of_machine)
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(device, 1 if options.quick else options.repeats, options.quick, Path(folder))
+        settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
+                            options.large, time.process_time if options.cpu_time else time.perf_counter)
         for name in options.names or [*BENCHMARKS, DEMO]:
             print(f"\n== {name} ==", flush=True)
             torch.manual_seed(0)

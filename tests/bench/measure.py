@@ -27,12 +27,15 @@ LIMIT = "limit"  # in a ratio: the time of a case's least work at the machine's 
 
 @dataclass
 class Settings:
-    """How to measure. quick: tiny models and one round, to see that everything runs. root: a folder for data."""
+    """How to measure. large: models of BEiT-large's size, not BEiT-base's. quick: tiny ones and one round, to see
+    that everything runs. root: a folder for data. clock: seconds so far."""
 
     device: torch.device
     repeats: int
     quick: bool
     root: Path
+    large: bool = False
+    clock: Callable[[], float] = time.perf_counter
 
     @property
     def training_precision(self) -> str:
@@ -89,11 +92,11 @@ def measure(name: str, cases: list[Case], ratios: list[Ratio], settings: Setting
     for round_number in range(settings.repeats + 1):
         for case in timed:
             settings.synchronise()
-            started = time.perf_counter()
+            started = settings.clock()
             case.run()
             settings.synchronise()
             if round_number:
-                seconds[case.name].append(time.perf_counter() - started)
+                seconds[case.name].append(settings.clock() - started)
     limits = {}
     for case in cases:
         gemm = gemms[case.precision]
@@ -105,6 +108,7 @@ def measure(name: str, cases: list[Case], ratios: list[Ratio], settings: Setting
             "benchmark": name, "case": case.name, "precision": case.precision, "images": case.images, "rounds": len(taken),
             "seconds": statistics.median(taken), "seconds_low": min(taken), "seconds_high": max(taken),
             "images_per_second": case.images / statistics.median(taken), "gflop": case.flops / 1e9,
+            "gflop_per_second": case.flops / 1e9 / statistics.median(taken),
             "gemm_gflop_per_second": gemm.flops / 1e9 / statistics.median(seconds[gemm.name]),
             "of_the_limit": _median_ratio(limits[case.name], taken) if case.flops else float("nan"),
         })

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,24 +20,27 @@ PROJECT = Path(__file__).parents[2]
 
 def run_demo(settings: Settings) -> pd.DataFrame:
     """Run the demo's scripts in a fresh root, with `--quick` only the first. Returns a row for each: seconds in all, by phase."""
-    rows, root = [], settings.root / "demo"
-    root.mkdir()
-    for script, config in list(SCRIPTS.items())[:1 if settings.quick else None]:
-        profile, flags = root / f"{script}.json", ["--demo", "--root", str(root)]
-        if "device" in {field.name for field in dataclasses.fields(config)}:
-            flags += ["--device", str(settings.device)]
-        if settings.quick:
-            flags += ["--images_per_class", "10"]
-        command = [sys.executable, "-m", "tests.bench.phases", profile, PROJECT / f"{script}.py", *flags]
-        started = time.perf_counter()
-        done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        seconds = time.perf_counter() - started
-        if done.returncode:
-            raise UserError(f"{script}.py ended with status {done.returncode}: {done.stderr.strip()}")
-        spent = {phase: 0.0 for phase in PHASES} | json.loads(profile.read_text(encoding="utf-8"))
-        spent["other"] += max(0.0, seconds - sum(spent.values()))  # the interpreter's own start and end
-        rows.append({"script": script, "seconds": seconds, **spent})
-    return pd.DataFrame(rows)
+    scripts = list(SCRIPTS.items())[:1 if settings.quick else None]
+    with tempfile.TemporaryDirectory() as root:
+        return pd.DataFrame([_run(script, config, Path(root), settings) for script, config in scripts])
+
+
+def _run(script: str, config: type, root: Path, settings: Settings) -> dict[str, object]:
+    """Run one script as a process; what the profile did not see is the interpreter's own start and end."""
+    profile, flags = root / f"{script}.json", ["--demo", "--root", str(root)]
+    if "device" in {field.name for field in dataclasses.fields(config)}:
+        flags += ["--device", str(settings.device)]
+    if settings.quick:
+        flags += ["--images_per_class", "10"]
+    command = [sys.executable, "-m", "tests.bench.phases", profile, PROJECT / f"{script}.py", *flags]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise UserError(f"{script}.py ended with status {done.returncode}: {done.stderr.strip()}")
+    spent = {phase: 0.0 for phase in PHASES} | json.loads(profile.read_text(encoding="utf-8"))
+    spent["other"] += max(0.0, seconds - sum(spent.values()))
+    return {"script": script, "seconds": seconds, **spent}
 
 
 def picture(table: pd.DataFrame, machine: str) -> Figure:

@@ -16,18 +16,20 @@ from ContextGatedMOE import ContextGatedMOE, Expert
 from tests.bench.measure import Settings
 
 RANK = 16
-# BEiT's published sizes, at 224 pixels in patches of 16 (Bao et al. 2022, table 9).
+# BEiT's published sizes, at 224 pixels in patches of 16 (Bao et al. 2022, appendix).
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 16}
 
 
 def beit(settings: Settings, attention: str = ATTENTION, **shape: int) -> BeitForImageClassification:
-    """A BEiT with random weights, of BEiT-base's shape unless another is given; a tiny one with `--quick`."""
+    """A BEiT with random weights, of BEiT-base's shape or, with `--large`, BEiT-large's, but for the `shape` given here; a
+    tiny one with `--quick`."""
     torch.manual_seed(0)
+    size = TINY if settings.quick else (LARGE if settings.large else BASE) | shape
     config = BeitConfig(**{
         "use_relative_position_bias": True, "layer_scale_init_value": 0.1, "drop_path_rate": 0.0, "use_mean_pooling": True,
-        "num_labels": 4, **(TINY if settings.quick else BASE | shape),
+        "num_labels": 4, **size,
     })
     with settings.device:
         model = BeitForImageClassification(config)
