@@ -101,8 +101,8 @@ def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
             manifest = read_manifest(task, config)
             for key, value in wanted.items():
                 if manifest.get(key) != value:
-                    raise UserError(f"{folder} was made with {key} = {manifest.get(key)}, not {value}; add --overwrite to make "
-                                    "it anew, or choose another --root")
+                    raise UserError(f"{folder} was made with {key} = {manifest.get(key)}, not {value}; add --overwrite to "
+                                    "make it anew, or choose another --root")
             return manifest
         if folder.exists() and not config.overwrite:
             raise UserError(f"{folder} exists, but Data_Preparation.py did not make it; add --overwrite to replace it, or "
@@ -134,12 +134,14 @@ def _source(task: Task, config: PreparationConfig) -> Source:
     return demo_source(task, config.seed, int(config.images_per_class))
 
 
-def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str], config: PreparationConfig) -> dict[str, Any]:
+def _write(
+        folder: Path, images: Images, labels: np.ndarray, classes: list[str], config: PreparationConfig) -> dict[str, Any]:
     """Split the images and write them; return what the manifest tells of them. labels: (N,), of the damaged ones too."""
     kept = np.flatnonzero(images.kept)
     for label, name in enumerate(classes):
         if (count := (labels[kept] == label).sum()) < FEWEST:
-            raise UserError(f"class {name!r} has only {count} images that are not damaged; choose other classes or more images")
+            raise UserError(f"class {name!r} has only {count} images that are not damaged; choose other classes or more "
+                            "images")
     if config.split == "grouped":
         splits = grouped_split(labels[kept], duplicates.groups(images.hashes[kept]), config.seed, classes)
     else:
@@ -201,7 +203,7 @@ def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcess
     Raises UserError, ending with `mend`, if they are not those of the manifest.
     """
     def resized(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
-        images = [PILImage.open(BytesIO(content)).convert("RGB") for content, _ in rows]
+        images = [_decoded(content) for content, _ in rows]
         pixels = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
         return pixels.to(torch.uint8), [(hashlib.sha256(content).digest(), label) for content, label in rows]
 
@@ -210,7 +212,8 @@ def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcess
         for name in SPLITS:
             count = manifest["images"][name]
             images, known = torch.empty(0), []
-            with ThreadPoolExecutor(CORES) as pool, tqdm(desc=f"resizing {name}", total=count, leave=False, disable=None) as bar:
+            bar = tqdm(desc=f"resizing {name}", total=count, unit="image", leave=False, disable=None)
+            with bar, ThreadPoolExecutor(CORES) as pool:
                 for pixels, rows in in_order(pool, resized, read_split(folder, name)):
                     images = images if known else torch.empty((count, *pixels.shape[1:]), dtype=torch.uint8)
                     images[len(known) : len(known) + len(rows)] = pixels
@@ -220,9 +223,16 @@ def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcess
             found[name] = known
         if fingerprint(found) != manifest["fingerprint"]:
             raise ValueError("its images are not those of its manifest")
-    except (OSError, ValueError, RuntimeError, SyntaxError, KeyError, pa.ArrowException) as error:  # as decoders raise them
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, pa.ArrowException) as error:
         raise UserError(f"{folder} is damaged ({error}); {mend}") from error
     return tensors
+
+
+def _decoded(content: bytes) -> PILImage.Image:
+    try:
+        return PILImage.open(BytesIO(content)).convert("RGB")
+    except Exception as error:  # decoders of damaged files raise whatever comes up
+        raise ValueError(f"an image cannot be decoded: {error}") from error
 
 
 def together(sets: list[ImageSet]) -> ImageSet:

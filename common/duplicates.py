@@ -1,4 +1,4 @@
-"""Near-duplicates among images, by their perceptual hashes: which images belong together, and which have a twin elsewhere."""
+"""Near-duplicates among images, by their perceptual hashes: which belong together, and which have one elsewhere."""
 
 from collections.abc import Iterator
 

@@ -68,7 +68,7 @@ def _way_out(task: Task, folder: Path | None = None) -> Iterator[None]:
         yield
     except DatasetNotFoundError as error:
         raise UserError(f"the Hub has no dataset {task.hub_id} that you may read; {local}") from error
-    except (OSError, ValueError, TypeError, DatasetsError, HTTPError, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, DatasetsError, HTTPError, pa.ArrowException) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         if folder and not isinstance(error, HTTPError | ConnectionError):
             remove(folder)
@@ -101,7 +101,8 @@ class _Fetch:
     @contextmanager
     def progress(self, blocks: np.ndarray) -> Iterator[None]:
         """Show the fetching of these row groups, numbered through all files, and tell at its end what it came to."""
-        groups = [self.footers[path].row_group(group) for path in self.paths for group in range(self.footers[path].num_row_groups)]
+        footers = [self.footers[path] for path in self.paths]
+        groups = [footer.row_group(number) for footer in footers for number in range(footer.num_row_groups)]
         columns = [groups[block].column(number) for block in blocks for number in range(groups[block].num_columns)]
         size = sum(column.total_compressed_size for column in columns if column.path_in_schema.startswith("image"))
         with tqdm(desc=f"{self.name}: fetching", total=size, unit="B", unit_scale=True, disable=None) as self.bar:
@@ -139,7 +140,8 @@ class _RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to another place."""
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.fetch.sizes[self.path]}[whence]
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.fetch.sizes[self.path]}
+        self.position = starts[whence] + offset
         return self.position
 
     def read(self, size: int = -1) -> bytes:

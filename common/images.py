@@ -39,7 +39,9 @@ class DamagedImage(Exception):
 
     def at(self, row: int, of: str) -> str:
         """What is wrong, and in which row of what."""
-        return f"there is no image in row {row} of {of}" if self.missing else f"the image in row {row}{self.path} of {of} is damaged: {self}"
+        if self.missing:
+            return f"there is no image in row {row} of {of}"
+        return f"the image in row {row}{self.path} of {of} is damaged: {self}"
 
 
 def read_image(encoded: Encoded) -> tuple[bytes, np.ndarray]:
@@ -75,7 +77,8 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         top = 65535 if image.mode.startswith("I") else max(values.max(), 1.0)
         return PILImage.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image).convert("RGB")

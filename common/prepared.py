@@ -24,7 +24,7 @@ def write_splits(folder: Path, splits: dict[str, Iterable[Row]], classes: list[s
     features = Features({"image": Image(), "label": ClassLabel(names=classes)})
     schema = features.arrow_schema
     DatasetDict({
-        name: Dataset(pa.Table.from_batches([], schema), DatasetInfo(features=features), fingerprint=f"{fingerprint[:12]}_{name}")
+        name: Dataset(schema.empty_table(), DatasetInfo(features=features), fingerprint=f"{fingerprint[:12]}_{name}")
         for name in splits
     }).save_to_disk(folder, num_shards=dict.fromkeys(splits, 1))  # the frame; its data files are empty yet
     for name, rows in splits.items():
@@ -38,9 +38,9 @@ def write_splits(folder: Path, splits: dict[str, Iterable[Row]], classes: list[s
 
 
 def read_split(folder: Path, name: str) -> Iterator[list[Row]]:
-    """The rows of one split, some at a time. Raises OSError, ValueError or pyarrow's errors if it is damaged."""
+    """The rows of one split, some at a time. If it is damaged, pyarrow raises whatever it comes upon."""
     for path in sorted((folder / name).glob("data-*.arrow")):
-        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:  # not mapped: what was read is not kept in memory
+        with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:  # not mapped: what was read leaves memory
             for batch in reader:
                 batch.validate(full=True)
                 images = batch.column("image").to_pylist()

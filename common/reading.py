@@ -66,8 +66,8 @@ def read_images(source: Source, rows: np.ndarray, file: BinaryIO, task: Task, sk
         for place, result in zip(order, bar, strict=True):
             if isinstance(result, DamagedImage):
                 if not skip_damaged:
-                    raise UserError(f"{result.at(rows[place], task.name)}; remove or replace it, or add --skip_damaged to go on "
-                                    "without such images")
+                    raise UserError(f"{result.at(rows[place], task.name)}; remove or replace it, or add --skip_damaged to "
+                                    "go on without such images")
                 continue
             content, images.digests[place], images.hashes[place] = result
             images.extents[place] = file.tell(), len(content)

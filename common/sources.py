@@ -101,7 +101,8 @@ def _zip_source(path: Path, flag: str) -> Source:
         if entry.flag_bits & 1:
             raise UserError(f"{flag} is encrypted; unpack it and give the folder")
         if entry.file_size > LARGEST_IMAGE and Path(entry.filename).suffix.lower() in IMAGE_FILES:
-            raise UserError(f"{flag} holds {entry.filename} of {entry.file_size / 1e9:.0f} GB, too large for an image; remove it")
+            size = f"{entry.file_size / 1e9:.0f} GB"
+            raise UserError(f"{flag} holds {entry.filename} of {size}, too large for an image; remove it")
     return _folder_source(zipfile.Path(archive), flag)
 
 
@@ -136,8 +137,9 @@ def _images_in(folder: Path | zipfile.Path) -> list[ImageFile]:
 # ---- Parquet and saved datasets ----
 
 
-def parquet_source(files: Sequence[Any], opened: Callable[[Any], pq.ParquetFile], guard: Callable[[], AbstractContextManager],
-                   where: str, features: Features | None = None) -> Source:
+def parquet_source(
+        files: Sequence[Any], opened: Callable[[Any], pq.ParquetFile], guard: Callable[[], AbstractContextManager],
+        where: str, features: Features | None = None) -> Source:
     """Images in Parquet files with columns `image` and `label`, of which only what is asked for is read.
 
     opened: makes a ParquetFile of one of `files`. guard: what every read happens within, to name what goes wrong.
@@ -145,12 +147,13 @@ def parquet_source(files: Sequence[Any], opened: Callable[[Any], pq.ParquetFile]
     """
     values: list[Any] = []
     groups = []  # file, row group in it, number of its first row in all files, how many rows it has
-    first = None
+    columns: list[Any] = []  # what `image` and `label` are in the first file, and have to be in every other
     for path in files:
         with guard(), opened(path) as file:
             found = features or Features.from_arrow_schema(file.schema_arrow)
-            kinds = [found.get(name) for name in ("image", "label")]
-            if kinds != (first := first or kinds):
+            found = [found.get(name) for name in ("image", "label")]
+            columns = columns or found
+            if found != columns:
                 raise ValueError(f"{path} has other columns or classes than {files[0]}")
             _check_columns(file.schema_arrow, where)
             for group in range(file.num_row_groups):
@@ -166,8 +169,9 @@ def parquet_source(files: Sequence[Any], opened: Callable[[Any], pq.ParquetFile]
                         inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
                         yield from map(_encoded, batch.column("image").take(inside).to_pylist())
 
-    blocks = np.repeat(np.arange(len(groups)), [count for *_, count in groups])
-    return Source(*_class_labels(values, first[1]), blocks, read)
+    with guard():
+        classes, labels = _class_labels(values, columns[1])
+    return Source(classes, labels, np.repeat(np.arange(len(groups)), [count for *_, count in groups]), read)
 
 
 def _batches(file: pq.ParquetFile, group: int) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -206,7 +210,8 @@ def _saved_source(folder: Path, where: str) -> Source:
     def opened() -> Dataset:
         with _readable(where, "a saved dataset"):
             saved = load_from_disk(str(folder))
-            return (concatenate_datasets([*saved.values()]) if isinstance(saved, DatasetDict) else saved).with_format("arrow")
+            saved = concatenate_datasets([*saved.values()]) if isinstance(saved, DatasetDict) else saved
+            return saved.with_format("arrow")
 
     def read(rows: np.ndarray) -> Iterator[Encoded]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -216,7 +221,8 @@ def _saved_source(folder: Path, where: str) -> Source:
 
     dataset = opened()
     _check_columns(dataset.features.arrow_schema, where)
-    classes, labels = _class_labels(dataset.with_format(None)["label"], dataset.features["label"])
+    with _readable(where, "a saved dataset"):
+        classes, labels = _class_labels(dataset.with_format(None)["label"], dataset.features["label"])
     return Source(classes, labels, np.zeros_like(labels), read)
 
 
@@ -225,7 +231,8 @@ def _check_columns(schema: pa.Schema, where: str) -> None:
     if not {"image", "label"} <= set(schema.names):
         raise UserError(f"{where} has no columns 'image' and 'label' but {', '.join(schema.names)}")
     image, label = schema.field("image").type, schema.field("label").type
-    is_image = image.get_field_index("bytes") >= 0 if pa.types.is_struct(image) else image in (pa.binary(), pa.large_binary())
+    is_struct = pa.types.is_struct(image)
+    is_image = image.get_field_index("bytes") >= 0 if is_struct else image in (pa.binary(), pa.large_binary())
     if not is_image or pa.types.is_nested(label):
         raise UserError(f"{where}: column 'image' or 'label' does not hold images or class labels but {image} and {label}")
 

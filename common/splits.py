@@ -25,7 +25,8 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
             raise UserError(f"--{task.key}_classes: there is no class {name!r}; there are {', '.join(names)}")
         for other in names:
             if other != name and _folded(other) == _folded(name):
-                raise UserError(f"{task.name} has the classes {name!r} and {other!r}, which differ only by case; rename one of them")
+                raise UserError(f"{task.name} has the classes {name!r} and {other!r}, which differ only by case; rename one "
+                                "of them")
     if len(set(classes)) < max(2, len(classes)):
         raise UserError(f"--{task.key}_classes: needs two or more different classes, not {', '.join(classes)}")
     rng = np.random.default_rng(config.seed)
@@ -79,6 +80,6 @@ def grouped_split(labels: np.ndarray, groups: np.ndarray, seed: int, classes: li
     for name, rows in splits.items():
         for label in np.setdiff1d(labels, labels[rows]):
             number = len(np.unique(groups[labels == label]))
-            raise UserError(f"--split grouped leaves {name} without {classes[label]!r}, whose images are only {number} groups of "
-                            "near-duplicates; use --split random, or more varied images")
+            raise UserError(f"--split grouped leaves {name} without {classes[label]!r}, whose images are only {number} "
+                            "groups of near-duplicates; use --split random, or more varied images")
     return splits

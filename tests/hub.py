@@ -38,7 +38,7 @@ def png(label: int, index: int) -> bytes:
 
 
 def noisy_png(label: int, index: int) -> bytes:
-    """A PNG of noise, about 8 KB, whose corner is of that colour; `index` may have any size, for its upper digits are below."""
+    """A PNG of noise, about 8 KB, whose corner is of that colour; what is beyond 255 of `index` is below the corner."""
     pixels = np.random.default_rng([label, index]).integers(0, 256, (52, 52, 3), dtype=np.uint8)
     pixels[0, 0], pixels[1, 0] = colour(label, index % 256), index // 256
     buffer = io.BytesIO()

@@ -25,8 +25,8 @@ CLASSES = ["dunes", "forest", "town"]
 def scene(seed, size=(96, 64)):
     """A picture like no other: large soft patches, and finer ones upon them."""
     rng = np.random.default_rng(seed)
-    layers = [PILImage.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize(size, PILImage.Resampling.BICUBIC)
-              for side in (4, 16)]
+    patches = [PILImage.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for side in (4, 16)]
+    layers = [image.resize(size, PILImage.Resampling.BICUBIC) for image in patches]
     return PILImage.blend(*layers, 0.4)
 
 
@@ -167,7 +167,8 @@ def films(tmp_path_factory):
 
 def prepared(root, source, *flags):
     """Prepare all images; return the manifest and, by split, the hashes of its images and its labels."""
-    argv = ["--root", str(root), "--fire_source", str(source), "--fire_classes", *CLASSES, "--images_per_class", "all", *flags]
+    argv = ["--root", str(root), "--fire_source", str(source), "--fire_classes", *CLASSES, "--images_per_class", "all",
+            *flags]
     manifest = prepare(next(task for task in TASKS if task.key == "fire"), parse(PreparationConfig, argv))
     data = load_from_disk(str(root / "fire_dataset"))
     return manifest, {name: (hashes_of(split["image"]), split["label"]) for name, split in data.items()}

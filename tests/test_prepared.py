@@ -1,4 +1,4 @@
-"""Tests of the folder of prepared images: killed on the way, damaged later, read elsewhere; always whole or one clear line."""
+"""Tests of prepared images: killed on the way, damaged later, made elsewhere; always whole, or one clear line."""
 
 import os
 import shutil
@@ -32,12 +32,14 @@ pytest_plugins = ["warm_process"]
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Class folders whose path has spaces and other alphabets."""
-    return write_folders(tmp_path_factory.mktemp("Luftbilder – 火災") / "große Übersicht", ["sehr hoch", "mäßig", "低い", "keins"])
+    folder = tmp_path_factory.mktemp("Luftbilder – 火災") / "große Übersicht"
+    return write_folders(folder, ["sehr hoch", "mäßig", "低い", "keins"])
 
 
 def flags(root, images, *more):
     """The command line that prepares both tasks from the same folder."""
-    return ["--root", str(root), "--fire_source", str(images), "--game_source", str(images), "--images_per_class", "10", *more]
+    sources = ["--fire_source", str(images), "--game_source", str(images)]
+    return ["--root", str(root), *sources, "--images_per_class", "10", *more]
 
 
 def prepared(root, images, *more):
@@ -115,10 +117,10 @@ def loaded(whole, backbone, tmp_path_factory):
 
 def same(one, other):
     """Whether two tasks' data are equal to the last bit."""
-    return (one.classes, one.fingerprint, one.near_duplicates_in_test) == (
-        other.classes, other.fingerprint, other.near_duplicates_in_test
-    ) and all(torch.equal(getattr(one, name).inputs, getattr(other, name).inputs)
-              and torch.equal(getattr(one, name).labels, getattr(other, name).labels) for name in ("train", "validation", "test"))
+    facts = [(data.classes, data.fingerprint, data.near_duplicates_in_test) for data in (one, other)]
+    tensors = [[tensor for part in (data.train, data.validation, data.test) for tensor in (part.inputs, part.labels)]
+               for data in (one, other)]
+    return facts[0] == facts[1] and all(map(torch.equal, *tensors))
 
 
 @pytest.mark.parametrize("pattern, examples", [("manifest.json", 60), ("pixels_*.safetensors", 40), ("test/*.arrow", 60)])
@@ -166,7 +168,8 @@ def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp
 def chosen(labels, blocks, count, seed=0):
     """Which rows are taken of labels that come in these blocks."""
     source = Source(list("abcd"), np.array(labels), np.array(blocks), iter)
-    classes, rows, found = choose(source, FIRE, parse(PreparationConfig, ["--seed", str(seed), "--images_per_class", str(count)]))
+    config = parse(PreparationConfig, ["--seed", str(seed), "--images_per_class", str(count)])
+    classes, rows, found = choose(source, FIRE, config)
     assert classes == list("abcd") and np.array_equal(found, source.labels[rows]) and len(set(rows)) == len(rows)
     assert np.bincount(found).tolist() == [count] * 4
     return rows
@@ -190,8 +193,17 @@ def test_every_row_of_one_block_has_its_chance():
 def test_images_are_read_only_as_fast_as_they_are_used():
     """In their order, however long each takes, and few ahead."""
     taken = []
+
+    def items():
+        for item in range(200):
+            taken.append(item)
+            yield item
+
+    def slow(item):
+        time.sleep(item % 3 / 1000)
+        return item
+
     with ThreadPoolExecutor(4) as pool:
-        results = in_order(pool, lambda item: (time.sleep(item % 3 / 1000), item)[1], map(lambda item: taken.append(item) or item, range(200)))
-        for used, result in enumerate(results):
+        for used, result in enumerate(in_order(pool, slow, items())):
             assert result == used and len(taken) <= used + AHEAD
     assert len(taken) == 200
