@@ -77,7 +77,7 @@ def close_hashes(count, seed):
     """Random hashes, most of which are near to some others."""
     rng = np.random.default_rng(seed)
     bits = rng.integers(0, 256, (count // 4, HASH_BYTES - COLOUR_BYTES), dtype=np.uint8)[rng.integers(0, count // 4, count)]
-    flips = np.packbits(rng.random((count, 8 * bits.shape[1])) < 0.14, axis=1)  # two of one kind differ in about 62 bits
+    flips = np.packbits(rng.random((count, 8 * bits.shape[1])) < 0.12, axis=1)  # two of one kind differ in about 54 bits
     return np.concatenate([bits ^ flips, rng.integers(100, 140, (count, COLOUR_BYTES), dtype=np.uint8)], axis=1)
 
 
