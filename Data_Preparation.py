@@ -14,8 +14,11 @@ def main(config: PreparationConfig) -> None:
         counts = ", ".join(f"{count} {name}" for name, count in manifest["images"].items())
         print(f"{task.name}: {counts} images of {', '.join(manifest['classes'])}")
         print(f"  from {manifest['source']}, in {Path(config.root) / task.dataset_folder}")
-        print(f"  damaged images left out: {manifest['damaged']}; test images with a near-duplicate in train: "
-              f"{manifest['near_duplicates_in_test']} of {manifest['images']['test']}")
+        if manifest["damaged"]:
+            print(f"  damaged images left out: {manifest['damaged']}")
+        near = manifest["near_duplicates_in_test"]
+        print(f"  test images with a near-duplicate in train: {near} of {manifest['images']['test']}"
+              f"{'; --split grouped keeps such on one side' if near else ''}")
 
 
 if __name__ == "__main__":
