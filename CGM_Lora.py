@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import BeitForImageClassification, BeitImageProcessorPil
 
-from common import comparison, models, plotting
+from common import comparison, models, plotting, processes
 from common.checkpoint import Checkpoint
 from common.config import MixtureConfig, UserError, run
 from common.data import ImageSet, TaskData, load_task, together
@@ -171,9 +171,9 @@ def predict(model: ContextGatedMOE, data: ImageSet, config: MixtureConfig) -> tu
     recorded: list[Tensor] = []
     with model.record_gates() as gates:
         probabilities, _ = evaluate(
-            model, data, config, after_batch=lambda: recorded.append(torch.stack(list(gates.values())).cpu())
+            model, data, config, after_batch=lambda: recorded.append(torch.stack(list(gates.values()), dim=1))
         )
-    weights = torch.cat(recorded, dim=1)  # (layers, N, E)
+    weights = processes.gathered(torch.cat(recorded), len(data)).transpose(0, 1).cpu()  # (layers, N, E)
     by_layer = pd.DataFrame(weights.mean(1).numpy(), columns=model.expert_names)
     by_layer.insert(0, "Layer", list(gates))
     return probabilities, weights.mean(0).numpy(), by_layer

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from common.config import PreparationConfig, run
 from common.data import prepare
+from common.processes import on_main
 from common.tasks import TASKS
 
 
+@on_main
 def main(config: PreparationConfig) -> None:
     """Prepare every task and print what there is."""
     for task in TASKS:

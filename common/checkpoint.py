@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.config import UserError
 from common.files import differences, tensor_fingerprint, writing
+from common.processes import on_main
 
 FORMAT = 1
 
@@ -49,6 +50,7 @@ class Checkpoint:
         start = f"{prefix}."
         return {key.removeprefix(start): tensor for key, tensor in self.tensors.items() if key.startswith(start)}
 
+    @on_main
     def save(self, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
         """Put a later state into the file. Raises UserError if the disk does not take it."""
         state = json.dumps({"made_from": self.made_from, "progress": progress})
@@ -58,6 +60,7 @@ class Checkpoint:
             with part.open("rb") as file:  # a machine that stops without warning is to leave the earlier file or this one
                 os.fsync(file.fileno())
 
+    @on_main
     def delete(self) -> None:
         """Forget this training."""
         self.path.unlink(missing_ok=True)

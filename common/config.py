@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
+from common import processes
 from common.tasks import TASKS
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
@@ -121,14 +122,16 @@ def _task_fields() -> list[tuple[str, Any, Any]]:
 
 
 @dataclass
-class SourceFlags(dataclasses.make_dataclass("TaskSourceFlags", _task_fields(), namespace={"_argument_group_name": "sources"})):
+class SourceFlags(
+    dataclasses.make_dataclass("TaskSourceFlags", _task_fields(), namespace={"_argument_group_name": "sources"})
+):
     """Where images come from and how many are used."""
 
     _argument_group_name: ClassVar[str] = "sources"
     demo_defaults: ClassVar[dict[str, Any]] = {"images_per_class": "250"}
     images_per_class: str = option("1000", "images of each class, chosen by the seed; 'all' takes as many as there are")
     split: Literal["random", "grouped"] = option(
-        "random", "how images come to train, validation and test; grouped keeps near-duplicates, such as frames of one video, on one side"
+        "random", "how images come to train, validation and test; grouped keeps near-duplicates, as in films, on one side"
     )
     skip_damaged: bool = option(False, "leave damaged images out and say how many; by default the first one ends the run")
 
@@ -279,19 +282,26 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     """Run a script's `main` with its command line; what the user can mend becomes one line and exit status 2."""
     script, again = Path(sys.argv[0]).name, "the same command"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    processes.hush()
+    status = 2
     try:
         config = parse(config_class, description=sys.modules["__main__"].__doc__)
         if config.overwrite:
             again += " without --overwrite"
+        processes.join(getattr(config, "device", "cpu"))
         main(config)
     except UserError as error:
         reason = str(error)
     except (OSError, SafetensorError) as error:  # no permission, no space, for which safetensors has a name of its own
-        reason = (f"{getattr(error, 'filename', None) or 'input/output'}: {getattr(error, 'strerror', None) or error}; mend it "
-                  f"or choose another --root, then run {again}")
+        place, what = getattr(error, "filename", None), getattr(error, "strerror", None)
+        reason = f"{place or 'input/output'}: {what or error}; mend it or choose another --root, then run {again}"
     except KeyboardInterrupt as interrupt:
-        sys.exit(f"{script}: interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on")
+        reason, status = f"interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on", 130
+    except Exception as error:
+        if processes.launched()[1] == 1:
+            raise
+        reason = f"another process has ended; run {again} to go on" if processes.lost(error) else traceback.format_exc()
     else:
+        processes.part()
         sys.exit(0)
-    print(f"{script}: {' '.join(reason.split())}", file=sys.stderr)
-    sys.exit(2)
+    processes.end(f"{script}: {' '.join(reason.split())}", status)

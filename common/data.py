@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -242,8 +241,3 @@ def together(sets: list[ImageSet]) -> ImageSet:
         torch.cat([part.inputs for part in sets]), torch.cat([part.labels for part in sets]),
         sets[0].mean, sets[0].std, torch.cat(tasks),
     )
-
-
-def batches(count: int, size: int) -> Iterator[torch.Tensor]:
-    """Row numbers 0 to count - 1 in order, `size` at a time."""
-    return iter(torch.arange(count).split(size))

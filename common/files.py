@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.config import RunFlags, UserError
+from common.processes import on_main
 
 PROVENANCE_FILE = "provenance.json"
 LOCK_FILE = ".lock"
@@ -56,7 +57,8 @@ def recover(path: Path) -> Path:
     """Put the folder `path` back if its replacement was cut short after it had been moved aside; return `path`."""
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not os.path.lexists(path):
-        os.replace(old, path)
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(old, path)
     return path
 
 
@@ -135,6 +137,7 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@on_main
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a table without its index, numbers with six decimals."""
     with writing(path) as part:

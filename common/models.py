@@ -23,6 +23,7 @@ from common.files import (
     PROVENANCE_FILE, command, differences, file_hashes, read_json, recover, tensor_fingerprint, write_json, writing,
 )
 from common.layers import ATTENTION, LoraLinear
+from common.processes import on_main
 from common.tasks import Task
 
 HEAD = "classifier"
@@ -163,6 +164,7 @@ def check_expert(config: RunFlags, data: TaskData, backbone: str) -> None:
                         f"run {command('Lora_Finetune', config)} --overwrite")
 
 
+@on_main
 def save(folder: Path, model: Any, processor: BeitImageProcessorPil, made_from: dict[str, Any]) -> None:
     """Write a model with its image processor and provenance in place of what is in `folder`, whole or not at all."""
     model.to("cpu")

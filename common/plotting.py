@@ -10,10 +10,12 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from common import metrics
 from common.files import writing
+from common.processes import on_main
 
 matplotlib.use("agg")  # files only: works without a screen
 
 
+@on_main
 def _save(figure: Figure, path: Path) -> None:
     with writing(path) as part:
         # No date or version inside: the same results give the same file.

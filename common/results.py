@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common import models, plotting
+from common import models, plotting, processes
 from common.checkpoint import Checkpoint
 from common.config import RunFlags, UserError
 from common.data import TaskData
@@ -49,7 +49,7 @@ class Results:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
+        if error is None and processes.rank() == 0:
             remove(self.folder / CHECKPOINTS)
         self._held.close()
 
@@ -61,10 +61,14 @@ class Results:
         in the folder, or, naming the difference, if it holds finished results of something else and `--overwrite` was
         not given.
         """
+        self.made_from = self._made_from(tasks, starts)
+        return processes.any_of(bool(self._finished(starts)))
+
+    @processes.on_main
+    def _finished(self, starts: dict[str, dict[str, str | None]]) -> bool:
         path, summary = self.folder / CONFIG_FILE, self.top / SUMMARY_FILE
         if summary.exists():
             _read_summary(summary)  # a damaged one is to be known before the work, not after it
-        self.made_from = self._made_from(tasks, starts)
         self._held.enter_context(locked(self.folder))
         sweep(self.folder)
         if self.config.overwrite:
@@ -103,6 +107,7 @@ class Results:
         """The title of a plot; those made from generated images say so."""
         return f"{text} (demo)" if self.config.demo else text
 
+    @processes.on_main
     def write_test(self, data: TaskData, probabilities: np.ndarray, name: str, title: str, fitted: Fit | None = None,
                    trainable: int = 0, gates: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
         """Write predictions and confusion matrix of one task's test split; return its row of the summary.
@@ -116,12 +121,14 @@ class Results:
         )
         return self.row(data, table, fitted, trainable)
 
+    @processes.on_main
     def write_history(self, history: pd.DataFrame, name: str, title: str) -> None:
         """Write the epochs of a training as a table, a loss graph and an accuracy graph."""
         write_csv(self.folder / f"{name}_History.csv", history)
         plotting.curves(self.folder / f"{name}_Losses.png", history, "loss", self.title(title))
         plotting.curves(self.folder / f"{name}_Accuracies.png", history, "accuracy", self.title(title))
 
+    @processes.on_main
     def row(self, data: TaskData, table: pd.DataFrame, fitted: Fit | None = None, trainable: int = 0) -> dict[str, Any]:
         """One line of the summary from a table of predictions; time and speed are those of training."""
         return {
@@ -131,6 +138,7 @@ class Results:
             "images_per_second": fitted.images / fitted.seconds if fitted else 0.0, "peak_memory_mib": peak_memory(),
         }
 
+    @processes.on_main
     def link(self, name: str) -> None:
         """Make `Results/<name>` another name of this folder: a relative link. Raises UserError if a folder is there."""
         other = self.top / name
@@ -142,6 +150,11 @@ class Results:
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
         """Put this script's rows into the summary, mark the results as finished and print them."""
+        self._finish(rows)
+        processes.any_of(False)  # the others wait until all is there
+
+    @processes.on_main
+    def _finish(self, rows: list[dict[str, Any]]) -> None:
         path = self.top / SUMMARY_FILE
         table = pd.DataFrame(rows)
         table[CHECKSUM] = _checksums(table)

@@ -7,12 +7,15 @@ import sys
 import time
 from pathlib import Path
 
+from common import processes
 from common.config import SCRIPTS, RunAllConfig, UserError, run
 from common.results import print_summary
 
 
 def main(config: RunAllConfig) -> None:
     """Run every script with the flags given here. Raises UserError, after the script's own line, if one fails."""
+    if processes.launched()[1] > 1:
+        raise UserError("run_all is one process; run the scripts one by one under accelerate launch")
     folder = Path(__file__).resolve().parents[1]
     seconds = {}
     for script, config_class in SCRIPTS.items():

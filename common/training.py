@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -13,13 +13,15 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from common import processes
 from common.checkpoint import Checkpoint
 from common.config import HardwareFlags, TrainingFlags, UserError
-from common.data import ImageSet, batches
+from common.data import ImageSet
 from common.layers import keep_freed_memory
 
 EVALUATION_BATCH = 64
@@ -49,6 +51,10 @@ def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor, tasks: Tenso
 
 def device_of(config: HardwareFlags) -> torch.device:
     """The device to compute on. Raises UserError if it does not exist."""
+    if processes.count() > 1:
+        if config.device not in ("auto", "cpu"):
+            raise UserError(f"--device {config.device} is one for several processes; leave it out or give --device cpu")
+        return PartialState().device
     if config.device == "auto":
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
@@ -75,7 +81,8 @@ def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextMana
 class _Training:
     """A training between two of its steps: all that a checkpoint holds.
 
-    epoch: the one under way, from 1; step: how many of its steps are done; total_loss, correct: sums over their images;
+    epoch: the one under way, from 1; step: how many of its steps are done; total_loss, correct: sums over this process's
+    images of them;
     generator: of the order and the augmentation of an epoch; best, lowest: weights and loss of the best epoch so far.
     """
 
@@ -123,14 +130,15 @@ class _Training:
         share = warmup_cosine(round(self.config.warmup_epochs * self.steps), epochs * self.steps)(number)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * group["lr_share"] * share
-        seeds = np.random.SeedSequence([self.config.seed, self.epoch, self.step])
+        seeds = np.random.SeedSequence([self.config.seed, self.epoch, self.step, processes.rank()])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
 
     def end_epoch(self, validation_loss: float, validation_accuracy: float) -> None:
         """Note the scores and, if this is the best epoch so far, the weights."""
+        total_loss, correct = processes.add_up([self.total_loss, self.correct])
         self.rows.append({
-            "epoch": self.epoch, "training_loss": self.total_loss.item() / self.images, "validation_loss": validation_loss,
-            "training_accuracy": self.correct.item() / self.images, "validation_accuracy": validation_accuracy,
+            "epoch": self.epoch, "training_loss": total_loss.item() / self.images, "validation_loss": validation_loss,
+            "training_accuracy": correct.item() / self.images, "validation_accuracy": validation_accuracy,
         })
         if validation_loss < self.lowest:
             self.lowest = validation_loss
@@ -146,7 +154,8 @@ class _Training:
             tensors |= {f"weights.{key}": parameter for key, parameter in self.trainable.items()}
             tensors |= {f"optimizer.{index}.{key}": tensor for index, state in self.optimizer.state_dict()["state"].items()
                         for key, tensor in state.items()}
-            tensors |= {"generator": self.generator.get_state(), "total_loss": self.total_loss, "correct": self.correct}
+            total_loss, correct = processes.add_up([self.total_loss, self.correct])
+            tensors |= {"generator": self.generator.get_state(), "total_loss": total_loss, "correct": correct}
         progress = {name: getattr(self, name) for name in ("epoch", "step", "rows", "lowest")}
         checkpoint.save(tensors, {**progress, "seconds": self.spent()})
 
@@ -167,8 +176,9 @@ class _Training:
             states.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
         self.generator.set_state(checkpoint.tensors["generator"])
-        self.total_loss.copy_(checkpoint.tensors["total_loss"])
-        self.correct.copy_(checkpoint.tensors["correct"])
+        if processes.rank() == 0:  # of all processes together
+            self.total_loss.copy_(checkpoint.tensors["total_loss"])
+            self.correct.copy_(checkpoint.tensors["correct"])
 
 
 def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: TrainingFlags, name: str,
@@ -177,8 +187,8 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
 
     groups: AdamW parameter groups, each with a `lr_share` of the learning rate; by default all trainable
     parameters. loss: sums what is minimised over a batch; the history always tells the cross-entropy. Batches are
-    accumulated into steps whose loss is the mean over the step's images, whatever the batch size. Raises UserError if
-    the loss is not finite.
+    accumulated into steps whose loss is the mean over the step's images, whatever the batch size; several processes share
+    out the images of every step. Raises UserError if the loss is not finite.
 
     checkpoint: where the training is kept, and from where it goes on if there is something. On a CPU the result is then,
     bit for bit, that of a training that was never interrupted. With it, Ctrl-C and SIGTERM wait for the step under way,
@@ -197,6 +207,7 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
                                   fused=device.type in ("cpu", "cuda"))
     training = _Training(name, config, trainable, optimizer, len(train), total_loss=torch.zeros((), device=device),
                          correct=torch.zeros((), dtype=torch.int64, device=device))
+    processes.same_as_main(trainable.values())
     if checkpoint is not None and checkpoint.progress is not None:
         training.resume(checkpoint)
         print(f"{name}: trained already" if training.done else f"going on: {training}", flush=True)
@@ -247,16 +258,19 @@ def _train_epoch(model: nn.Module, train: ImageSet, training: _Training, loss: L
         for step in order.split(size)[training.step:]:
             training.begin_step()
             step_loss = torch.zeros((), device=device)
-            for rows in step.split(config.batch_size):
+            moves = moves_of(step, train.inputs, training.generator, config) if config.augment else None
+            for part in torch.arange(len(step)).tensor_split(processes.count())[processes.rank()].split(config.batch_size):
+                rows = step[part]
                 inputs, tasks = train.batch(rows), None if train.tasks is None else train.tasks[rows]
-                if config.augment and inputs.ndim == 4:
-                    inputs = flip_and_shift(inputs, training.generator)
+                if moves is not None:
+                    inputs = flip_and_shift(inputs, moves[:, part])
                 with autocast(config, device):
                     summed, logits = loss(model, inputs, train.labels[rows], tasks)
                 (summed / len(step)).backward()
                 step_loss += summed.detach()
                 training.total_loss += F.cross_entropy(logits.detach(), train.labels[rows], reduction="sum")
                 training.correct += (logits.argmax(1) == train.labels[rows]).sum()
+            step_loss = add_up_step(training.trainable.values(), step_loss)
             mean = step_loss.item() / len(step)
             _check_finite(mean, str(training), config)
             training.optimizer.step()
@@ -272,11 +286,14 @@ def _train_epoch(model: nn.Module, train: ImageSet, training: _Training, loss: L
 
 @contextmanager
 def stopping(wait: bool) -> Iterator[Callable[[], None]]:
-    """With `wait`, Ctrl-C and SIGTERM have no effect in the block but that the yielded function raises KeyboardInterrupt."""
+    """With `wait`, Ctrl-C and SIGTERM have no effect in the block but that the yielded function raises KeyboardInterrupt.
+
+    It does so in all processes at once, which therefore must call it equally often.
+    """
     asked: list[int] = []
 
     def stop_if_asked() -> None:
-        if asked:
+        if processes.any_of(bool(asked)):
             raise KeyboardInterrupt
 
     before = {}
@@ -290,13 +307,40 @@ def stopping(wait: bool) -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images (B, C, S, S) and shift each by up to an eighth of its size, edges repeated."""
+def add_up_step(trainable: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+    """Add up a step's gradients, in place, and its loss over all processes; return the loss."""
+    if processes.count() == 1:
+        return loss
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    *gradients, loss = processes.add_up([*(parameter.grad for parameter in trainable), loss])
+    for parameter, gradient in zip(trainable, gradients, strict=True):
+        parameter.grad.copy_(gradient)
+    return loss
+
+
+def moves_of(step: Tensor, inputs: Tensor, generator: torch.Generator, config: TrainingFlags) -> Tensor | None:
+    """How each image of a step is moved (3, N): mirrored (1) or not (0), and by how much down and right, from 0.
+
+    None if the inputs are no images. Drawn for the whole step, so that all processes know of all images.
+    """
+    if inputs.ndim != 4:
+        return None
+    drawn = []
+    for batch in step.split(config.batch_size):
+        mirrored = torch.rand(1, len(batch), generator=generator) < 0.5
+        shifts = torch.randint(2 * (inputs.shape[2] // 8) + 1, (2, len(batch)), generator=generator)
+        drawn.append(torch.cat([mirrored.long(), shifts]))
+    return torch.cat(drawn, dim=1)
+
+
+def flip_and_shift(images: Tensor, moves: Tensor) -> Tensor:
+    """Mirror images (B, C, S, S) and shift each by up to an eighth of its size, edges repeated, as `moves` (3, B) tell."""
     batch, _, height, width = images.shape
     reach = height // 8
-    mirrored = torch.where(torch.rand(batch, 1, 1, 1, generator=generator).to(images.device) < 0.5, images.flip(3), images)
+    mirrored, down, right = moves.to(images.device)[:, :, None]  # each (B, 1)
+    mirrored = torch.where(mirrored[:, :, None, None] > 0, images.flip(3), images)
     padded = F.pad(mirrored, [reach] * 4, mode="replicate")
-    down, right = torch.randint(2 * reach + 1, (2, batch, 1), generator=generator).to(images.device)
     rows, columns = down + torch.arange(height, device=images.device), right + torch.arange(width, device=images.device)
     image = torch.arange(batch, device=images.device)[:, None, None]
     return padded.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
@@ -317,19 +361,24 @@ def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags,
              after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, float]:
     """Class probabilities (N, C) in order, and the mean loss, in evaluation mode and fp32.
 
-    after_batch: called after each forward pass, to look at what the model recorded.
+    after_batch: called after each forward pass, to look at what the model recorded. Several processes have a share of the
+    rows each (`processes.share`) and all return the whole.
     """
     device = device_of(config)
     model.to(device).eval()
     data = data.to(device)
     total, probabilities = torch.zeros((), device=device), []
-    for rows in batches(len(data), EVALUATION_BATCH):
+    own, left = processes.share(len(data))
+    for rows in own.split(EVALUATION_BATCH):
         logits = logits_of(model, data.batch(rows)).float()
-        total += F.cross_entropy(logits, data.labels[rows], reduction="sum")
-        probabilities.append(logits.softmax(1).cpu())
+        counted = min(max(left, 0), len(rows))
+        total += F.cross_entropy(logits[:counted], data.labels[rows[:counted]], reduction="sum")
+        left -= len(rows)
+        probabilities.append(logits.softmax(1))
         if after_batch is not None:
             after_batch()
-    return torch.cat(probabilities).numpy(), total.item() / len(data)
+    (total,) = processes.add_up([total])
+    return processes.gathered(torch.cat(probabilities), len(data)).cpu().numpy(), total.item() / len(data)
 
 
 @torch.no_grad()
@@ -338,8 +387,9 @@ def features(model: nn.Module, data: ImageSet, config: HardwareFlags) -> ImageSe
     device = device_of(config)
     model.to(device).eval()
     data = data.to(device)
-    pooled = [model.beit(data.batch(rows)).pooler_output for rows in batches(len(data), EVALUATION_BATCH)]
-    return ImageSet(torch.cat(pooled), data.labels)
+    own, _ = processes.share(len(data))
+    pooled = [model.beit(data.batch(rows)).pooler_output for rows in own.split(EVALUATION_BATCH)]
+    return ImageSet(processes.gathered(torch.cat(pooled), len(data)), data.labels)
 
 
 def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:

@@ -8,11 +8,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from pipeline import Workspace, hashes, save_tiny_backbone  # noqa: E402
-from warm_process import WarmProcess  # noqa: E402
 
 MEASURED = ["seconds", "images_per_second", "peak_memory_mib", "checksum"]  # columns of the summary that tell time or memory
 MADE = {  # what a script makes
@@ -37,9 +37,9 @@ class Trial:
 
 
 class Killer:
-    """Runs scripts in `folder`, whole for reference and killed on the way."""
+    """Runs scripts in `folder` by a WarmProcess, whole for reference and killed on the way."""
 
-    def __init__(self, folder: Path, process: WarmProcess):
+    def __init__(self, folder: Path, process: Any):
         self.folder, self.process = folder, process
         self.reference = Workspace(folder / "reference", save_tiny_backbone(folder / "backbone", seed=0))
         self.seconds: dict[str, float] = {}
@@ -96,6 +96,8 @@ def differences(place: Workspace, reference: Workspace, script: str) -> list[str
 
 def main() -> None:
     """Kill and resume, in turn, every script that takes time, and print what came of it."""
+    from warm_process import WarmProcess  # only here: pytest imports it in its own way
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")

@@ -435,4 +435,5 @@ def test_an_interrupted_script_says_so_in_one_line(monkeypatch, capsys):
 
     with pytest.raises(SystemExit) as end:
         run(interrupted, SCRIPTS["Benchmark"])
-    assert "\n" not in end.value.code and "interrupted" in end.value.code
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and said.count("\n") == 1 and "interrupted" in said

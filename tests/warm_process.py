@@ -50,14 +50,17 @@ class WarmProcess:
         )
 
     def run(self, script: str | Path, *arguments: object, kill_after: float | None = None,
-            kill_at: tuple[str, int] | None = None) -> Outcome:
-        """Run a script of the project, or any other by its full path.
+            kill_at: tuple[str, int] | None = None, processes: int = 1) -> Outcome:
+        """Run a script of the project, or any other by its full path, in one process or in several that work together.
 
         It is ended by SIGKILL after `kill_after` seconds, or when it is about to call, for the given time, the function of
-        the given name, such as ("os.replace", 3).
+        the given name, such as ("os.replace", 3); of several processes, the last one is.
         """
         streams = [self.folder / "output", self.folder / "errors"]
-        order = [str(PROJECT / script), *map(str, arguments)], [str(path) for path in streams], kill_at, kill_after
+        for path in streams:
+            path.write_bytes(b"")
+        argv = [str(PROJECT / script), *map(str, arguments)]
+        order = argv, [str(path) for path in streams], kill_at, kill_after, processes
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return Outcome(int(self.process.stdout.readline()), *(path.read_text(encoding="utf-8") for path in streams))
 
@@ -90,21 +93,33 @@ def _run_orders() -> None:
     importlib.import_module("common.comparison")
     importlib.import_module("common.results")
     for line in sys.stdin:
-        *script, kill_after = json.loads(line)
-        child = multiprocessing.get_context("fork").Process(target=_run_script, args=script)
-        child.start()
-        child.join(kill_after)
-        if child.is_alive():
-            child.kill()
+        argv, streams, kill_at, kill_after, number = json.loads(line)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(number):
+            together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "RANK": rank,
+                        "LOCAL_WORLD_SIZE": number, "LOCAL_RANK": rank} if number > 1 else {}
+            doomed = kill_at if rank == number - 1 else None
+            started = argv, streams, doomed, together
+            children.append(multiprocessing.get_context("fork").Process(target=_run_script, args=started))
+            children[-1].start()
+        children[-1].join(kill_after)
+        if children[-1].is_alive():
+            children[-1].kill()
+        for child in children:
             child.join()
-        print(child.exitcode, flush=True)
+        print(max((child.exitcode for child in children), key=abs), flush=True)
 
 
-def _run_script(argv: list[str], streams: list[str], kill_at: tuple[str, int] | None) -> None:
+def _run_script(
+    argv: list[str], streams: list[str], kill_at: tuple[str, int] | None, environment: dict[str, object]
+) -> None:
     """Run a script with its stdout and stderr in files."""
     for number, path in enumerate(streams, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     time.sleep = lambda seconds: None  # the Hub's client waits longer and longer before it tries again
+    os.environ.update({name: str(value) for name, value in environment.items()})
     if kill_at is not None:
         _kill_at(*kill_at)
     sys.argv = argv

@@ -1,0 +1,158 @@
+"""Tests of several processes at work on one run, as `accelerate launch` starts them: here two, over gloo, on CPUs."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from common import processes
+from kill_resume import NEEDED, differences
+from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
+
+pytest_plugins = ["warm_process"]
+
+TRAININGS = ["Generate_Base_Model", "Finetune", "Lora_Finetune", "CGM_Lora"]
+PRECISE = ["--precision", "fp32"]
+TITLES = ["Fire_Risk", "Game"]
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory, workspace, warm_process):
+    """Where one process has run the scripts that compute."""
+    return run_scripts(tmp_path_factory.mktemp("by_one"), workspace, warm_process, 1)
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory, workspace, warm_process):
+    """Where two processes have."""
+    return run_scripts(tmp_path_factory.mktemp("by_two"), workspace, warm_process, 2)
+
+
+def run_scripts(root, workspace, warm_process, number):
+    """The scripts that compute, by so many processes. Batches of 7: neither they nor the steps come out even."""
+    place = workspace.copy(root, "fire_dataset", "game_dataset")
+    for script in ["Generate_Base_Model", "Benchmark", "Finetune", "Lora_Finetune", "CGM_Lora"]:
+        flags = place.flags(script, *PRECISE, *(["--batch_size", "7"] if script != "Benchmark" else []))
+        done = warm_process.run(f"{script}.py", *flags, processes=number)
+        assert (done.status, done.errors) == (0, "")
+        assert done.output.count("Results are in") == 1  # one of them speaks
+    return place
+
+
+def test_two_processes_leave_the_same_files_as_one_and_no_others(by_one, by_two):
+    assert files_in(by_two.root) == files_in(by_one.root)
+
+
+@pytest.mark.parametrize("method", list(PREDICTIONS))
+@pytest.mark.parametrize("title", TITLES)
+def test_every_image_is_predicted_once_in_order_as_by_one_process(by_one, by_two, method, title):
+    one, two = (place.predictions(method, title) for place in (by_one, by_two))
+    assert list(one) == list(two) and one["Image"].equals(two["Image"]) and one["Actual Class"].equals(two["Actual Class"])
+    numbers = [name for name in one if name.startswith(("Probability", "Gate"))]
+    assert np.allclose(one[numbers], two[numbers], atol=1e-5)
+
+
+def test_two_processes_train_as_one(by_one, by_two):
+    """On the same images, in the same order, moved alike: all that differs is the order in which numbers are added up.
+
+    Where a gradient is hardly more than that, as of a few gates', Adam makes a step of it all the same.
+    """
+    for name in files_in(by_one.results):
+        if name.endswith(".safetensors"):
+            one, two = (np.concatenate([values.ravel() for _, values in sorted(load_file(place.results / name).items())])
+                        for place in (by_one, by_two))
+            assert np.mean(np.abs(one - two) > 1e-5) < (0.01 if "cgm" in name else 1e-9), name
+        elif name.endswith("_History.csv"):
+            assert np.allclose(*(pd.read_csv(place.results / name) for place in (by_one, by_two)), atol=1e-5), name
+
+
+def test_scores_and_images_are_counted_once(by_one, by_two):
+    counted = ["method", "task", "accuracy", "trainable_parameters"]
+    one, two = (place.summary() for place in (by_one, by_two))
+    assert one[counted].equals(two[counted])
+    seen = [table["seconds"] * table["images_per_second"] for table in (one, two)]
+    assert np.allclose(*seen, rtol=1e-3)
+
+
+def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_they_were(warm_process, by_two, tmp_path):
+    place = by_two.copy(tmp_path / "root", *NEEDED["Finetune"])
+    flags = place.flags("Finetune", *PRECISE, "--batch_size", "7", "--checkpoint_every_steps", "1")
+    killed = warm_process.run("Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 11), processes=2)
+    assert killed.status and killed.errors == "Finetune.py: another process has ended; run the same command to go on\n"
+    ended = warm_process.run("Finetune.py", *flags, processes=2)
+    assert (ended.status, ended.errors) == (0, "") and "going on: finetune game, epoch 1/2, step 2/4" in ended.output
+    assert differences(place, by_two, "Finetune") == []
+
+
+def test_what_two_processes_have_begun_one_can_end(warm_process, by_one, tmp_path):
+    place = by_one.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
+    flags = place.flags("Lora_Finetune", *PRECISE, "--batch_size", "7")
+    warm_process.run("Lora_Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 6), processes=2)
+    ended = warm_process.run("Lora_Finetune.py", *flags)
+    assert ended.status == 0 and "going on: LoRA fire, epoch 2/2" in ended.output
+    for title in TITLES:
+        one, two = (run.predictions("Lora_Finetune", title).filter(like="Probability") for run in (by_one, place))
+        assert np.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("Finetune", ["--learning_rate", "-1"], "--learning_rate"),  # before they have met
+    ("Finetune", ["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
+    ("Finetune", ["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
+    ("Benchmark", ["--device", "cpu:0", "--overwrite"], "--device cpu:0"),
+])
+def test_what_is_wrong_is_said_once(warm_process, workspace, mutable, script, flags, words):
+    ended = warm_process.run(f"{script}.py", *mutable.flags(script, *flags), processes=2)
+    assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
+
+
+def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
+    place = Workspace(tmp_path / "root", workspace.model)
+    done = warm_process.run("Data_Preparation.py", *place.flags("Data_Preparation"), processes=2)
+    assert (done.status, done.errors) == (0, "") and done.output.count("fire risk: 24 train") == 1
+    assert differences(place, workspace, "Data_Preparation") == []
+
+
+def test_a_finished_run_is_finished_for_all(warm_process, by_two):
+    before = hashes(by_two.root)
+    done = warm_process.run("Benchmark.py", *by_two.flags("Benchmark", *PRECISE), processes=2)
+    assert done.status == 0 and done.output.count("Benchmark is finished already") == 1
+    assert hashes(by_two.root) == before
+
+
+def test_accelerate_launches_two_processes(by_two, tmp_path):
+    """The documented command itself."""
+    place = by_two.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
+               REPOSITORY / "Lora_Finetune.py", *place.flags("Lora_Finetune", *PRECISE, "--batch_size", "7")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("Results are in") == 1
+    assert differences(place, by_two, "Lora_Finetune") == []
+
+
+# ---- sharing out ----
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 8, 64])
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch, total, number):
+    monkeypatch.setattr(processes, "count", lambda: number)
+    counted, lengths, all_rows = [], set(), []
+    for rank in range(number):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        rows, real = processes.share(total)
+        counted += rows[:real].tolist()
+        all_rows += rows.tolist()
+        lengths.add(len(rows))
+    assert counted == list(range(total)) and all_rows[:total] == counted and len(lengths) == 1
+
+
+def test_accelerate_on_cpus_is_told_how_to_start_more_than_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    processes.hush()
+    assert "--multi_gpu --num_processes N" in capsys.readouterr().err
