@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 import pandas as pd
 import torch
@@ -90,6 +91,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         while held is None or not _is_at(path, held):  # who held it before may have deleted it meanwhile
             held = path.open("w")
+            _locks.add(held)
             fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise UserError(f"another run is at work in {folder}; wait until it has ended, or choose another --root") from error
@@ -101,6 +103,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         if held is not None:
             path.unlink(missing_ok=True)
             held.close()
+
+
+_locks: WeakSet[IO[str]] = WeakSet()
+# A forked process would hold its parent's locks, and might live longer.
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:

@@ -1,6 +1,8 @@
 """Where images come from: generated ones, folders, zips, Parquet, saved datasets. All are read label first, images later."""
 
+import os
 import signal
+import threading
 import unicodedata
 import zipfile
 import zlib
@@ -76,10 +78,22 @@ def demo_source(task: Task, seed: int, per_class: int) -> Source:
 
     def read(rows: np.ndarray) -> Iterator[bytes]:
         jobs = [(task, seed, int(labels[row]), int(row) % per_class) for row in rows]
-        with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        with ProcessPoolExecutor(initializer=_serve, initargs=(os.getpid(),)) as pool:
             yield from pool.map(_demo_image, jobs, chunksize=16)
 
     return Source(list(task.demo_classes), labels, np.zeros_like(labels), read)
+
+
+def _serve(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and end when that ends, however it does: a pool would wait for it for ever."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            watching.wait(1)
+        os._exit(1)
+
+    watching = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _demo_image(job: tuple[Task, int, int, int]) -> bytes:

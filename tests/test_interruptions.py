@@ -22,7 +22,7 @@ from common.files import locked, read_json, recover, write_json, writing
 from common.results import Results
 from common.training import fit, stopping
 from kill_resume import NEEDED, differences
-from pipeline import REPOSITORY, files_in, hashes
+from pipeline import REPOSITORY, Workspace, files_in, hashes
 from test_training import CLASSES, examples, pictures, settings, trained, weights
 
 pytest_plugins = ["warm_process"]
@@ -57,6 +57,7 @@ def end_after_saves(monkeypatch, count):
 
 
 @pytest.mark.parametrize("script, function, call", [
+    ("Data_Preparation", "hashlib.sha256", 20),  # while the pool draws
     ("Generate_Base_Model", "torch.optim.AdamW.step", 10),  # in the second task's second epoch
     ("Generate_Base_Model", "os.replace", 4),
     ("Finetune", "torch.optim.AdamW.step", 5),
@@ -68,7 +69,9 @@ def end_after_saves(monkeypatch, count):
 ])
 def test_a_killed_script_that_is_run_again_ends_as_if_it_had_not_been(
         warm_process, workspace, tmp_path, script, function, call):
-    place = workspace.copy(tmp_path / "root", *NEEDED[script])
+    place = Workspace(tmp_path / "root", workspace.model)
+    if NEEDED[script]:
+        workspace.copy(place.root, *NEEDED[script])
     killed = warm_process.run(f"{script}.py", *place.flags(script), kill_at=(function, call))
     assert killed.status == -signal.SIGKILL
     ended = warm_process.run(f"{script}.py", *place.flags(script))
@@ -376,6 +379,22 @@ def test_a_lock_ends_with_its_process(tmp_path):
     with locked(tmp_path):
         assert files_in(tmp_path) == {".lock"}
     assert files_in(tmp_path) == set()
+
+
+def test_a_lock_does_not_live_on_in_the_processes_of_a_pool(tmp_path):
+    waiting, go_on = os.pipe()
+
+    def die_before_the_child():
+        with locked(tmp_path):
+            if os.fork():
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.close(go_on)
+            os.read(waiting, 1)
+            os._exit(0)
+
+    assert crash(die_before_the_child, 0)
+    with locked(tmp_path):
+        os.close(go_on)
 
 
 def test_where_nothing_can_be_locked_work_goes_on(tmp_path):

@@ -369,11 +369,13 @@ def test_every_gate_of_the_trained_mixture_moved(workspace):
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory, workspace):
-    """All six scripts, with the same commands, in another root."""
-    made = Workspace(tmp_path_factory.mktemp("again"), workspace.model)
-    for script in SCRIPTS:
-        made.run(script)
-    return made
+    """All six scripts, with the same commands, in another root and folder, of another name, locale and hash seed."""
+    folder = tmp_path_factory.mktemp("wieder & wieder, дважды")
+    code = ("from pipeline import SCRIPTS, Path, Workspace\n"
+            f"for script in SCRIPTS: Workspace(Path('new root'), {workspace.model!r}).run(script)")
+    elsewhere = {"LC_ALL": "C", "PYTHONHASHSEED": "1", "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env={**os.environ, **elsewhere})
+    return Workspace(folder / "new root", workspace.model)
 
 
 @pytest.fixture(scope="module")
