@@ -54,6 +54,7 @@ class Killer:
 
     def run_reference(self) -> None:
         """Run every script once to its end."""
+        self.process.run("Data_Preparation.py", "--help")  # what comes first waits for the process
         for script in MADE:
             started = time.perf_counter()
             self.run(self.reference, script)
