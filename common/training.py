@@ -81,9 +81,9 @@ def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextMana
 class _Training:
     """A training between two of its steps: all that a checkpoint holds.
 
-    epoch: the one under way, from 1; step: how many of its steps are done; total_loss, correct: sums over this process's
-    images of them;
-    generator: of the order and the augmentation of an epoch; best, lowest: weights and loss of the best epoch so far.
+    epoch: the one under way, from 1; step: how many of its steps are done; total_loss, correct: sums over the images of
+    those, of this process's alone; generator: of the order and the augmentation of an epoch; best, lowest: weights and loss
+    of the best epoch so far.
     """
 
     name: str
