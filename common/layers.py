@@ -16,7 +16,7 @@ ATTENTION = "sdpa_or_products"  # the name models are loaded with
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Attention of query, key, value (B, H, T, D) with a position bias (1, H, T, T). Returns (B, T, H, D).
+    """Attention of query, key, value (B, H, T, D) with a position bias (1, H, T, T) or none. Returns (B, T, H, D).
 
     PyTorch's fused kernel, but on a CPU in bf16, or where the bias learns: its backward pass there takes two to five times
     as long as that of plain matrix products (`python -m tests.bench parts`).
@@ -47,8 +47,8 @@ class LoraLinear(Linear):
 def keep_freed_memory() -> None:
     """Have the C library keep what a step frees for the next one.
 
-    glibc returns large blocks to the system at once; getting them back, zeroed page by page, is up to a seventh of a
-    training step of BEiT-base on a CPU. Other C libraries have no such switch.
+    glibc returns large blocks to the system at once; getting them back, zeroed page by page, is a tenth of a training
+    step of BEiT-base on a CPU. Other C libraries have no such switch.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h

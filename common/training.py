@@ -336,14 +336,12 @@ def moves_of(step: Tensor, inputs: Tensor, generator: torch.Generator, config: T
 
 def flip_and_shift(images: Tensor, moves: Tensor) -> Tensor:
     """Mirror images (B, C, S, S) and shift each by up to an eighth of its size, edges repeated, as `moves` (3, B) tell."""
-    batch, _, height, width = images.shape
-    reach = height // 8
+    height, width = images.shape[2:]
     mirrored, down, right = moves.to(images.device)[:, :, None]  # each (B, 1)
-    mirrored = torch.where(mirrored[:, :, None, None] > 0, images.flip(3), images)
-    padded = F.pad(mirrored, [reach] * 4, mode="replicate")
-    rows, columns = down + torch.arange(height, device=images.device), right + torch.arange(width, device=images.device)
-    image = torch.arange(batch, device=images.device)[:, None, None]
-    return padded.movedim(1, 3)[image, rows[:, :, None], columns[:, None, :]].movedim(3, 1).contiguous()
+    rows = (down - height // 8 + torch.arange(height, device=images.device)).clamp(0, height - 1)  # (B, H)
+    columns = (right - height // 8 + torch.arange(width, device=images.device)).clamp(0, width - 1)  # (B, W)
+    columns = torch.where(mirrored > 0, width - 1 - columns, columns)
+    return images.gather(2, rows[:, None, :, None].expand_as(images)).gather(3, columns[:, None, None].expand_as(images))
 
 
 class NotFiniteError(UserError):

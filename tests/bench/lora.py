@@ -42,7 +42,8 @@ def on_the_fly(settings: Settings, processor: BeitImageProcessorPil) -> Dataset:
     def transform(rows: dict[str, list]) -> dict[str, object]:
         pictures = [image.convert("RGB") for image in rows["image"]]
         pictures = [ImageOps.mirror(image) if random.random() < 0.5 else image for image in pictures]
-        return {"pixel_values": processor(pictures, return_tensors="pt").pixel_values, "labels": rows["label"]}
+        # One by one, as the example does.
+        return {"pixel_values": [processor(image, return_tensors="pt").pixel_values[0] for image in pictures], "labels": rows["label"]}
 
     return dataset.with_transform(transform)
 
