@@ -126,7 +126,7 @@ def _is_first() -> bool:
         return launched()[0] == 0
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                              timeout=timedelta(seconds=5))
+                              timeout=timedelta(seconds=2))
         return store.add("ended", 1) == 1
     except RuntimeError:  # the process that kept it has ended, and told why
         return False
