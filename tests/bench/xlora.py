@@ -15,20 +15,25 @@ from ContextGatedMOE import Expert
 
 
 class XLoraLinear(nn.Module):
-    """A linear layer with a loop over adapters. `scalings` (B, T, E) is set before a pass, None disables the adapters."""
+    """A linear layer with a loop over adapters. `scalings` (B, T, E) is set before a pass, None disables the adapters.
 
-    def __init__(self, base: nn.Linear, updates: list[tuple[Tensor, Tensor]]):
+    scale: alpha / rank of the adapters, which `updates` have in B; global_weight: X-LoRA's factor of all adapters.
+    """
+
+    def __init__(self, base: nn.Linear, updates: list[tuple[Tensor, Tensor]], scale: float = 2.0, global_weight: float = 1.0):
         super().__init__()
-        self.base, self.scalings = base, None
+        self.base, self.scalings, self.scale, self.global_weight = base, None, scale, global_weight
         self.down = nn.ParameterList([nn.Parameter(down, requires_grad=False) for down, _ in updates])
-        self.up = nn.ParameterList([nn.Parameter(up, requires_grad=False) for _, up in updates])
+        self.up = nn.ParameterList([nn.Parameter(up / scale, requires_grad=False) for _, up in updates])
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, d_in). Returns (B, T, d_out)."""
         result = self.base(x)
         if self.scalings is not None:
             for index, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-                result += F.linear(F.linear(x * self.scalings[:, :, index, None], down), up)
+                x = x.to(down.dtype)
+                scaled = x * self.scalings[:, :, index, None]
+                result += F.linear(F.linear(scaled, down), up) * self.scale * self.global_weight
         return result
 
 
