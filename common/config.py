@@ -83,6 +83,9 @@ class TrainingFlags(HardwareFlags):
     checkpoint_every_steps: int = option(
         0, "optimizer steps between checkpoints, from which the same command goes on; 0 is one at the end of every epoch"
     )
+    largest_batch: bool = option(
+        False, "compute a whole optimizer step at once, or the largest half, quarter ... of it that fits into memory"
+    )
     gradient_checkpointing: bool = option(
         False, "compute each block's activations again in the backward pass instead of keeping them: less memory, more time"
     )

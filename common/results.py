@@ -28,7 +28,9 @@ SUMMARY_FILE = "summary.csv"
 CHECKPOINTS = "Checkpoints"
 CHECKSUM = "checksum"  # the summary's last column
 # Settings that say where and how to run: results made with other values of these are the same results.
-NOT_COMPARED = {"root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing"}
+NOT_COMPARED = {
+    "root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
+}
 
 
 class Results:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ class _Training:
 
     epoch: the one under way, from 1; step: how many of its steps are done; total_loss, correct: sums over the images of
     those, of this process's alone; generator: of the order and the augmentation of an epoch; best, lowest: weights and loss
-    of the best epoch so far.
+    of the best epoch so far. at_once: images that are computed at once, which no checkpoint holds.
     """
 
     name: str
@@ -102,13 +103,21 @@ class _Training:
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self) -> None:
+        self.at_once = self.step_size if self.config.largest_batch else self.config.batch_size
+
     def __str__(self) -> str:
         return f"{self.name}, epoch {self.epoch}/{self.config.epochs}, step {self.step}/{self.steps}"
 
     @property
+    def step_size(self) -> int:
+        """Images of a step."""
+        return self.config.batch_size * self.config.accumulation_steps
+
+    @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return math.ceil(self.images / (self.config.batch_size * self.config.accumulation_steps))
+        return math.ceil(self.images / self.step_size)
 
     @property
     def done(self) -> bool:
@@ -234,11 +243,13 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
         if checkpoint is not None:  # there is nothing to go on with
             checkpoint.delete()
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{training}: out of memory; halve --batch_size (now {config.batch_size}) and double --accumulation_steps "
-            f"(now {config.accumulation_steps}), or add --gradient_checkpointing"
-        ) from error
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        mend = "add" if config.largest_batch else (
+            f"add --largest_batch, halve --batch_size (now {config.batch_size}) and double --accumulation_steps (now "
+            f"{config.accumulation_steps}), or add")
+        raise UserError(f"{training}: out of memory; {mend} --gradient_checkpointing") from error
     with torch.no_grad():
         for key, parameter in trainable.items():
             parameter.copy_(training.best[key])
@@ -250,38 +261,68 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
 def _train_epoch(model: nn.Module, train: ImageSet, training: _Training, loss: Loss, checkpoint: Checkpoint | None,
                  stop_if_asked: Callable[[], None]) -> None:
     """The remaining steps of an epoch. Cross-entropy and correct predictions are added up in `training`."""
-    config, device = training.config, train.labels.device
+    config = training.config
     model.train()
-    order, size = training.order().to(device), config.batch_size * config.accumulation_steps
-    with tqdm(total=len(order), initial=training.step * size, desc=f"{training.name} {training.epoch}/{config.epochs}",
-              unit="img", leave=False, disable=None) as bar:
-        for step in order.split(size)[training.step:]:
-            training.begin_step()
-            step_loss = torch.zeros((), device=device)
-            moves = moves_of(step, train.inputs, training.generator, config) if config.augment else None
-            for part in torch.arange(len(step)).tensor_split(processes.count())[processes.rank()].split(config.batch_size):
-                rows = step[part]
-                inputs, tasks = train.batch(rows), None if train.tasks is None else train.tasks[rows]
-                if moves is not None:
-                    inputs = flip_and_shift(inputs, moves[:, part])
-                with autocast(config, device):
-                    summed, logits = loss(model, inputs, train.labels[rows], tasks)
-                (summed / len(step)).backward()
-                step_loss += summed.detach()
-                training.total_loss += F.cross_entropy(logits.detach(), train.labels[rows], reduction="sum")
-                training.correct += (logits.argmax(1) == train.labels[rows]).sum()
-            step_loss = add_up_step(training.trainable.values(), step_loss)
-            mean = step_loss.item() / len(step)
+    order = training.order().to(train.labels.device)
+    with tqdm(total=len(order), initial=training.step * training.step_size, unit="img", leave=False, disable=None,
+              desc=f"{training.name} {training.epoch}/{config.epochs}") as bar:
+        for rows in order.split(training.step_size)[training.step:]:
+            moves = moves_of(rows, train.inputs, training.generator, config) if config.augment else None
+            step_loss = add_up_step(training.trainable.values(), _gradients(model, train, training, loss, rows, moves))
+            mean = step_loss.item() / len(rows)
             _check_finite(mean, str(training), config)
             training.optimizer.step()
             training.optimizer.zero_grad()
             training.step += 1
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-            bar.update(len(step))
+            bar.update(len(rows))
             every = config.checkpoint_every_steps
             if checkpoint is not None and every and ((training.epoch - 1) * training.steps + training.step) % every == 0:
                 training.save(checkpoint)
             stop_if_asked()
+
+
+def _gradients(model: nn.Module, train: ImageSet, training: _Training, loss: Loss, rows: Tensor,
+               moves: Tensor | None) -> Tensor:
+    """The loss, summed over this process's share of a step's images, and in the parameters the gradients of the step's mean.
+
+    What does not fit into memory is tried again with half as many images at once, if that was asked for.
+    """
+    while True:
+        training.begin_step()
+        try:
+            step_loss, total_loss, correct = _backward(model, train, training, loss, rows, moves)
+        except RuntimeError as error:
+            if not (training.config.largest_batch and training.at_once > 1 and should_reduce_batch_size(error)):
+                raise
+        else:
+            training.total_loss += total_loss
+            training.correct += correct
+            return step_loss
+        # Only out here, where the error is gone, is nothing left that holds the activations.
+        training.optimizer.zero_grad()
+        clear_device_cache()
+        training.at_once = math.ceil(training.at_once / 2)
+        print(f"{training}: out of memory, now {training.at_once} images at once", flush=True)
+
+
+def _backward(model: nn.Module, train: ImageSet, training: _Training, loss: Loss, rows: Tensor,
+              moves: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, cross-entropy and correct predictions, each summed over this process's share of a step's images, batch by batch."""
+    device = train.labels.device
+    step_loss, total_loss, correct = map(torch.zeros_like, (training.total_loss, training.total_loss, training.correct))
+    for part in torch.arange(len(rows)).tensor_split(processes.count())[processes.rank()].split(training.at_once):
+        batch = rows[part]
+        inputs, labels, tasks = train.batch(batch), train.labels[batch], None if train.tasks is None else train.tasks[batch]
+        if moves is not None:
+            inputs = flip_and_shift(inputs, moves[:, part])
+        with autocast(training.config, device):
+            summed, logits = loss(model, inputs, labels, tasks)
+        (summed / len(rows)).backward()
+        step_loss += summed.detach()
+        total_loss += F.cross_entropy(logits.detach(), labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    return step_loss, total_loss, correct
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pipeline import tiny_beit
 from tests.bench.__main__ import BENCHMARKS, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
 from tests.bench.phases import PHASES, phase_of, profile
-from tests.bench.setups import experts, twin
+from tests.bench.setups import experts, mixture, twin
 from tests.bench.xlora import XLora
 
 
@@ -78,6 +78,18 @@ def test_operations_are_those_of_the_matrix_products():
     attention = 2 * 2 * tokens * tokens * 32
     patches, head = 2 * 16 * 32 * (3 * 8 * 8), 2 * 32 * 4
     assert forward_flops(model, torch.randn(3, 32, 32)) == 2 * (linear + attention) + patches + head
+
+
+def test_operations_of_a_mixture_are_those_of_all_experts_and_gates():
+    """Three experts of rank 16 and gates of width 4, by hand: a product with A and the gate, one with B, the heads."""
+    base, tokens, experts_in_all, rank, hidden = tiny_beit(0, num_labels=4), 17, 3, 3 * 16, 4
+    model = mixture(base, experts_in_all)
+    widths = [(32, 32)] * 4 + [(32, 64), (64, 32)]
+    updates = sum(2 * tokens * (wide * (rank + hidden) + rank * out) for wide, out in widths)
+    gates = 2 * hidden * experts_in_all
+    head = 2 * 32 * hidden + gates + (experts_in_all - 1) * 2 * 32 * 4
+    image = torch.randn(3, 32, 32)
+    assert forward_flops(model, image) - forward_flops(base, image) == 2 * (updates + len(widths) * gates) + head
 
 
 def test_the_xlora_loop_over_equal_experts_is_that_one_adapter():

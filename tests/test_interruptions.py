@@ -1,5 +1,6 @@
 """Tests of runs that are cut short: killed, stopped, or kept out; and of what they leave on the disk."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from common.config import SCRIPTS, UserError, run
 from common.data import together
 from common.files import locked, read_json, recover, write_json, writing
 from common.results import Results
-from common.training import fit, stopping
+from common.training import cross_entropy, fit, stopping
 from kill_resume import NEEDED, differences
 from pipeline import REPOSITORY, Workspace, files_in, hashes
 from test_training import CLASSES, examples, pictures, settings, trained, weights
@@ -262,8 +263,30 @@ def test_too_little_memory_is_said_with_the_ways_out(monkeypatch):
     def greedy(model, inputs, labels, tasks):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    with pytest.raises(UserError, match="halve --batch_size .now 8. and double --accumulation_steps .* --gradient_check"):
+    with pytest.raises(UserError, match="add --largest_batch, halve --batch_size .now 8. and double .* --gradient_check"):
         trained(settings(), loss=greedy)
+    with pytest.raises(UserError, match="out of memory; add --gradient_checkpointing"):
+        trained(settings(largest_batch=True), loss=greedy)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 20.00 GiB.", "DefaultCPUAllocator: can't allocate memory"])
+def test_the_largest_batch_is_the_largest_part_of_a_step_that_fits(message, capsys):
+    sizes = []
+
+    def limited(model, inputs, labels, tasks):
+        sizes.append(len(inputs))
+        if len(sizes) > 1 and len(inputs) > 5:  # after the first step memory gets scarce
+            cross_entropy(model, inputs[:1], labels[:1], tasks)[0].backward()  # a part of the step is done already
+            raise RuntimeError(message)
+        return cross_entropy(model, inputs, labels, tasks)
+
+    data, config = examples(40), settings(epochs=2, batch_size=4, accumulation_steps=4)
+    expected = trained(config, data)
+    found = trained(dataclasses.replace(config, largest_batch=True), data, loss=limited)
+    assert sizes == [16, 16, 8, *[4] * 4, *[4] * 2, *[4] * 10]  # steps of 16, 16 and 8 images
+    assert torch.allclose(found[0], expected[0], atol=1e-6)
+    pd.testing.assert_frame_equal(found[1], expected[1], atol=1e-6)
+    assert "test, epoch 1/2, step 1/3: out of memory, now 4 images at once" in capsys.readouterr().out
 
 
 # ---- files ----
