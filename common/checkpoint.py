@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.config import UserError
-from common.files import differences, tensor_fingerprint, writing
+from common.files import changes, tensor_fingerprint, writing
 from common.processes import on_main
 
 FORMAT = 1
@@ -40,7 +40,7 @@ class Checkpoint:
         if damaged:
             raise UserError(f"{path} is damaged; delete it and run the same command again: this training then starts anew")
         state = json.loads(metadata["state"])
-        for difference in differences(state["made_from"], self.made_from):
+        for difference in changes(state["made_from"], self.made_from):
             raise UserError(f"{path} is the checkpoint of a run with {difference}; run with what it had to go on, or add "
                             "--overwrite to start anew")
         self.progress = state["progress"]

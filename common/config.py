@@ -30,6 +30,11 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def is_unicode(text: str) -> bool:
+    """False for the name of a file or a folder that holds bytes that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @dataclass
 class RunFlags:
     """Flags of every script."""
@@ -47,6 +52,9 @@ class RunFlags:
             lowest = self.lowest.get(name)
             if lowest is not None and value is not None and not lowest <= value <= HIGHEST:  # also catches NaN
                 raise UserError(f"--{name} must be at least {lowest} and at most {HIGHEST}, not {value}")
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not is_unicode(text):
+                    raise UserError(f"--{name} {text} is no UTF-8; rename it")
 
     # The smallest value that makes sense, by flag, for all groups below.
     lowest: ClassVar[dict[str, float]] = {
@@ -307,4 +315,5 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     else:
         processes.part()
         sys.exit(0)
-    processes.end(f"{script}: {' '.join(reason.split())}", status)
+    line = f"{script}: {' '.join(reason.split())}"
+    processes.end(line.encode(errors="backslashreplace").decode(), status)  # in a path: bytes that are no UTF-8

@@ -70,8 +70,8 @@ class ImageSet:
 class TaskData:
     """One prepared task in memory.
 
-    fingerprint: SHA-256 of the prepared images and labels. near_duplicates_in_test: how many test images have a
-    near-duplicate in train.
+    fingerprint: SHA-256 of the prepared images and labels. preprocessing: the start of that of the image processor's
+    settings. near_duplicates_in_test: how many test images have a near-duplicate in train.
     """
 
     task: Task
@@ -80,6 +80,7 @@ class TaskData:
     validation: ImageSet
     test: ImageSet
     fingerprint: str
+    preprocessing: str
     near_duplicates_in_test: int
 
 
@@ -167,7 +168,8 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
     manifest = read_manifest(task, config)
     folder = Path(config.root) / task.dataset_folder
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
-    cache = folder / f"pixels_{hashlib.sha256(settings.encode()).hexdigest()[:12]}.safetensors"
+    preprocessing = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    cache = folder / f"pixels_{preprocessing}.safetensors"
     with locked(folder, wait=True):  # two scripts may want to resize at once
         sweep(folder)
         tensors = _cached(cache, manifest)
@@ -177,7 +179,7 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
                 save_file(tensors, part, {"of": _checksum(tensors, manifest)})
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     sets = {name: ImageSet(tensors[f"{name}.images"], tensors[f"{name}.labels"], mean, std) for name in SPLITS}
-    return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"],
+    return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"], preprocessing=preprocessing,
                     near_duplicates_in_test=manifest["near_duplicates_in_test"])
 
 

@@ -126,7 +126,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a dictionary as JSON with sorted keys and a checksum."""
     content = {**content, CHECKSUM: _checksum(content)}
     with writing(path) as part:
-        part.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # in a path: bytes that are no UTF-8
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:
@@ -182,6 +183,12 @@ def differences(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
             yield from differences(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key} = {old}, not {new}"
+
+
+def changes(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """What differs in what two results were made from: a backbone of the same weights is the same wherever it lies."""
+    same = there.get("backbone") == wanted["backbone"]
+    return differences(there, {**wanted, "model": there.get("model")} if same else wanted)
 
 
 def command(script: str, config: RunFlags) -> str:

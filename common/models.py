@@ -129,11 +129,12 @@ def check_model(folder: Path, data: TaskData, script: str, config: RunFlags, bac
     made_from = read_json(folder / PROVENANCE_FILE, f"{mend} --overwrite")
     if made_from.get("data") != data.fingerprint:
         raise UserError(f"{folder} was made from other images than {data.task.dataset_folder} holds now; {mend} --overwrite")
-    if made_from.get("model") != config.model:
-        raise UserError(f"{folder} was made from {made_from.get('model')}, not {config.model}; {mend} --overwrite, or give "
-                        f"--model {made_from.get('model')}")
     if made_from.get("backbone") != backbone:
-        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; {mend} --overwrite")
+        model = made_from.get("model")
+        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; {mend} --overwrite" + (
+            f", or give --model {model}, on which it was made" if model != config.model else ""))
+    if made_from.get("preprocessing") != data.preprocessing:
+        raise UserError(f"{folder} was made with another image processor than {config.model} has now; {mend} --overwrite")
     for damage in differences({"files": made_from.get("files")}, {"files": file_hashes(folder)}):
         raise UserError(f"{folder} was changed or damaged ({damage.partition(' = ')[0]}); {mend} --overwrite")
     return made_from

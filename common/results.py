@@ -18,7 +18,7 @@ from common import models, plotting, processes
 from common.checkpoint import Checkpoint
 from common.config import RunFlags, UserError
 from common.data import TaskData
-from common.files import differences, locked, read_json, remove, sweep, versions, write_csv, write_json, writing
+from common.files import changes, differences, locked, read_json, remove, sweep, versions, write_csv, write_json, writing
 from common.metrics import predictions_table, scores
 from common.tasks import TASKS
 from common.training import Fit
@@ -82,7 +82,7 @@ class Results:
         there = read_json(path, mend)
         unknown = {kind: there.get(kind) for kind, by_task in starts.items() if None in by_task.values()}
         wanted = {**self.made_from, "packages": there.get("packages"), **unknown}
-        for difference in differences(there, wanted):
+        for difference in changes(there, wanted):
             raise UserError(f"{self.folder} holds finished results with {difference}; {mend}")
         self._print()
         for difference in differences({"packages": there.get("packages")}, {"packages": versions()}):
@@ -95,7 +95,7 @@ class Results:
         settings = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in NOT_COMPARED}
         backbone = models.backbone_fingerprint(models.load_backbone(self.config.model, tasks[0].classes, self.config.seed))
         return {"script": self.script, **settings, "data": {data.task.key: data.fingerprint for data in tasks},
-                "backbone": backbone, **starts, "packages": versions()}
+                "backbone": backbone, "preprocessing": tasks[0].preprocessing, **starts, "packages": versions()}
 
     def made_from_for(self, data: TaskData) -> dict[str, Any]:
         """What the model of one task is made from."""

@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_dat
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from common.config import PreparationConfig, UserError
+from common.config import PreparationConfig, UserError, is_unicode
 from common.images import IMAGE_FILES, Encoded, ImageFile, png
 from common.tasks import Task
 
@@ -135,6 +135,9 @@ def _class_folders(folder: Path | zipfile.Path, flag: str, depth: int) -> list[t
     entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))]
     found = [(unicodedata.normalize("NFC", inner.name), images) for inner in folders if (images := _images_in(inner))]
+    for name, _ in found:
+        if not is_unicode(name):
+            raise UserError(f"{flag} has a class whose name is no UTF-8: {name}; rename the folder")
     if found or depth == 1:
         return found
     deeper = {inner.name: classes for inner in folders if (classes := _class_folders(inner, flag, depth - 1))}

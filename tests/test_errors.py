@@ -120,6 +120,13 @@ def cut(path):
     return spoil
 
 
+def other_processor(place, _):
+    """The backbone elsewhere, with an image processor that normalises otherwise."""
+    shutil.copytree(place.model, place.root / "other_processor")
+    path = place.root / "other_processor" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.4, 0.5, 0.6]}))
+
+
 def holds(path, content):
     """Put something else into a file."""
     return lambda place, _: (place.root / path).write_text(content)
@@ -206,6 +213,11 @@ BAD_INPUTS = {
     **{f"{script} manifest {content!r}": Bad(
         script, ("manifest.json", "Data_Preparation.py", "--overwrite"), anew=False,
         spoil=holds("fire_dataset/manifest.json", content)) for script in SCRIPTS for content in ("", "{", "[]", "\0")},
+    "a source that is no UTF-8": Bad(
+        "Data_Preparation", ("--fire_source {root}/a\\udcff", "rename"), ("--fire_source", "{root}/a\udcff")),
+    "a class that is no UTF-8": Bad(
+        "Data_Preparation", ("--fire_source", "class", "a\\udcff", "rename"), ("--fire_source", "{root}"),
+        spoil=and_then(lambda place, _: (place.root / "a\udcff").mkdir(), holds("a\udcff/0.png", ""))),
     "damaged images": Bad("Benchmark", ("fire_dataset", "Data_Preparation.py", "--overwrite"), spoil=damage_images),
     **{f"{script} finished with other images": Bad(
         script, ("data.fire = ", "--overwrite"), spoil=exchange_images, anew=False) for script in AFTER_DATA},
@@ -223,11 +235,19 @@ BAD_INPUTS = {
         "CGM_Lora", ("game_lora_finetune", MAKE_EXPERTS, "--overwrite"), spoil=cut(f"{EXPERT}/{name}"))
        for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")},
     **{f"{script} after {before} on another backbone": Bad(
-        script, ("not {other_backbone}", f"{before}.py", "--overwrite"), ("--model", "{other_backbone}"))
+        script, ("other backbone weights than {other_backbone}", f"{before}.py", "--overwrite", "--model {model}"),
+        ("--model", "{other_backbone}"))
        for script, before in (("Lora_Finetune", "Generate_Base_Model"), ("CGM_Lora", "Lora_Finetune"))},
     **{f"{script} finished on another backbone": Bad(
         script, ("model = {model}, not {other_backbone}", "--overwrite"), ("--model", "{other_backbone}"), anew=False)
        for script in AFTER_DATA},
+    **{f"{script} after {before} with another image processor": Bad(
+        script, ("image processor", f"{before}.py", "--overwrite"), ("--model", "{root}/other_processor"), spoil=other_processor,
+        leaves=True)
+       for script, before in (("Lora_Finetune", "Generate_Base_Model"), ("CGM_Lora", "Lora_Finetune"))},
+    "finished with another image processor": Bad(
+        "Finetune", ("preprocessing = ", "--overwrite"), ("--model", "{root}/other_processor"), spoil=other_processor, anew=False,
+        leaves=True),
     "no BEiT": Bad("Benchmark", ("vit", "BEiT"), ("--model", "{root}/vit"), spoil=not_a_beit),
     # results and checkpoints
     **{f"{script} summary {content!r}": Bad(

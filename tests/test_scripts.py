@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -430,6 +431,18 @@ def test_a_finished_script_says_so_and_shows_its_scores(workspace, capsys, scrip
     workspace.run(script)
     said = capsys.readouterr().out
     assert f"{RESULTS_OF[script]} is finished already" in said and "Fire_Risk" in said and "Game" in said
+
+
+def test_a_backbone_that_was_moved_is_the_same_one(workspace, mutable, capsys):
+    """Finished results stay finished, and the next script goes on from them."""
+    moved = Workspace(mutable.root, str(shutil.copytree(mutable.model, mutable.root / "elsewhere")))
+    moved.run("Finetune")
+    moved.run("Lora_Finetune")
+    assert capsys.readouterr().out.count("is finished already") == 2
+    shutil.rmtree(moved.results / "CGM_Lora")
+    moved.run("CGM_Lora")
+    for title in TITLES.values():
+        assert moved.predictions("CGM_Lora", title).equals(workspace.predictions("CGM_Lora", title))
 
 
 @every_script
