@@ -115,7 +115,7 @@ class GateFlags:
     _argument_group_name: ClassVar[str] = "gates"
     gate_hidden: int = option(4, "width of each gate's hidden layer")
     routing_weight: float = option(
-        1.0, "weight of the loss that asks the gates, in training only, for the expert of the image's task"
+        10.0, "weight of the loss that asks the gates, in training only, for the expert of the image's task"
     )
     add_expert: list[str] = field(default_factory=list, metadata={
         "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture and train only the gates again"})
@@ -204,7 +204,7 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
     learning_rate: float = option(2e-3, "peak learning rate of the gates")
     compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")
-    demo_defaults: ClassVar[dict[str, Any]] = {"epochs": 4}
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3, "epochs": 4}
 
     def __post_init__(self) -> None:
         super().__post_init__()
