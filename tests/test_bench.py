@@ -59,7 +59,7 @@ def test_help_lists_every_benchmark(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in [*BENCHMARKS, "demo"])
+    assert all(f"\n  {name} " in text for name in [*BENCHMARKS, "demo", "preparation"])
 
 
 def test_cases_take_turns(settings):
@@ -140,3 +140,11 @@ def test_a_profiled_script_runs_as_from_a_terminal(tmp_path, monkeypatch):
     spent = json.loads(written.read_text())
     assert (tmp_path / "made").exists() and set(spent) <= set(PHASES) and spent["other"] > 0
     assert threading.active_count() == 1 or all(thread.name != "look" for thread in threading.enumerate())
+
+
+def test_images_are_prepared_in_a_process_whose_memory_is_told(tmp_path):
+    main(["--quick", "--output", str(tmp_path), "preparation"])
+    row = pd.read_csv(tmp_path / "preparation.csv").iloc[0]
+    assert (row["images"], row["width"], row["height"]) == (40, 640, 360) and row["mib_of_images"] > 1
+    assert row["images_per_second"] == pytest.approx(40 / row["seconds"], rel=1e-3)
+    assert row["cores"] > 0 and row["peak_memory_mib"] > 50

@@ -13,7 +13,7 @@ import torch
 from common.config import BenchmarkConfig, UserError, parse
 from common.files import write_csv
 from common.training import device_of
-from tests.bench import growth, heads, lora, mixture, parts, scripts
+from tests.bench import growth, heads, lora, mixture, parts, preparation, scripts
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
@@ -22,7 +22,7 @@ BENCHMARKS = {
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch,
 }
-DEMO = "demo"
+DEMO, PREPARATION = "demo", "preparation"
 
 
 def machine(device: torch.device) -> str:
@@ -42,9 +42,10 @@ def parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:18}{' '.join(function.__doc__.split())}" for name, function in BENCHMARKS.items())
     made = argparse.ArgumentParser(
         "python -m tests.bench", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        epilog=f"benchmarks:\n{listed}\n  {DEMO:18}run_all --demo, script by script, with where the time goes. One round.",
+        epilog=f"benchmarks:\n{listed}\n  {DEMO:18}run_all --demo, script by script, with where the time goes. One round.\n"
+               f"  {PREPARATION:18}Data_Preparation of 10,000 images of 640 x 360: images a second, cores, memory. One round.",
     )
-    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, DEMO], help="which to run; all by default")
+    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, DEMO, PREPARATION], help="which to run; all by default")
     made.add_argument("--output", type=Path, default=Path("bench_results"), help="folder of tables and pictures (default: %(default)s)")
     made.add_argument("--root", type=Path, help="folder for the demo's images, kept for the next run (default: a temporary one)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
                             options.large, time.process_time if options.cpu_time else time.perf_counter)
-        for name in options.names or [*BENCHMARKS, DEMO]:
+        for name in options.names or [*BENCHMARKS, DEMO, PREPARATION]:
             print(f"\n== {name} ==", flush=True)
             torch.manual_seed(0)
             if name == DEMO:
@@ -74,6 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
                 write_csv(options.output / "demo.csv", table)
                 save(options.output / "demo.png", scripts.picture(table, name_of_machine))
                 print(table.round(1).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
+                continue
+            if name == PREPARATION:
+                table = preparation.run_preparation(settings)
+                write_csv(options.output / f"{name}.csv", table)
+                print(table.round(1).to_string(index=False), flush=True)
                 continue
             times, ratios = measure(name, *BENCHMARKS[name](settings), settings)
             write(options.output, name, times, ratios, name_of_machine)
