@@ -92,7 +92,9 @@ def comparison(path: Path, table: pd.DataFrame, title: str) -> None:
         axes.barh(np.arange(len(methods)) + offset * height, rows["accuracy"], height, xerr=np.stack([below, above]),
                   error_kw={"linewidth": 0.8, "capsize": 2}, label=task.replace("_", " "))
     axes.set_yticks(range(len(methods)), methods, fontsize=8)
-    axes.set(xlabel="accuracy on the mixed test set, with 95 % interval", xlim=(0, 1))
+    seeds = table["seeds"].max()
+    which = f"; first seed, in the order of the means over {seeds}" if seeds > 1 else ""
+    axes.set(xlabel=f"accuracy on the mixed test set, with 95 % interval{which}", xlim=(0, 1))
     axes.set_title(title, fontsize=11)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower left", bbox_to_anchor=(1.0, 0.0), fontsize=8)
