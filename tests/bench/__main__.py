@@ -17,8 +17,9 @@ from tests.bench import growth, heads, lora, mixture, parts, preparation, script
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
-    "lora": lora.epoch, "lora_base": lora.base, "mixture_training": mixture.training, "mixture_inference": mixture.inference,
-    "heads": heads.heads, "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
+    "lora": lora.epoch, "lora_320": lora.epoch_large, "lora_base": lora.base,
+    "mixture_training": mixture.training, "mixture_inference": mixture.inference, "heads": heads.heads,
+    "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch,
 }

@@ -44,7 +44,7 @@ def by_size(settings: Settings) -> Benchmark:
 
 def by_images(settings: Settings) -> Benchmark:
     """An epoch of LoRA training on the demo backbone with 150, 300 and 600 images."""
-    task, _ = prepared_task(settings)
+    task = prepared_task(settings)
     config = parse(LoraConfig, ["--demo", "--root", str(settings.root), "--epochs", "1", "--device", str(settings.device)])
     base, cases = demo_backbone(settings), []
     flops, model = forward_flops(base, images(settings, 1, base)[0][0]), lora(base)

@@ -9,7 +9,7 @@ from tests.bench.setups import demo_backbone, images, twin
 
 def heads(settings: Settings) -> Benchmark:
     """A base model of the demo, 10 epochs, validation included: on cached features against through the backbone."""
-    task, _ = prepared_task(settings)
+    task = prepared_task(settings)
     epochs = 1 if settings.quick else 10
     config = parse(BaseModelConfig, ["--demo", "--root", str(settings.root), "--epochs", str(epochs), "--augment", "False",
                                      "--device", str(settings.device)])

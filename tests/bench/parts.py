@@ -1,9 +1,7 @@
 """What was done for speed, each thing on and off: kept because it pays, or left out because it does not."""
 
 import copy
-import ctypes
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,7 +11,9 @@ from common.config import BenchmarkConfig, parse
 from common.data import ImageSet
 from common.layers import keep_freed_memory
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
-from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
+from tests.bench.setups import (
+    after, beit, demo_backbone, forward, images, lora, peft_lora, return_freed_memory, training_step, twin,
+)
 
 
 def parts(settings: Settings) -> Benchmark:
@@ -49,7 +49,7 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
               for own, others in ((cases[0], cases[1:5]), (cases[5], cases[6:8])) for other in others]
     ratios.append(Ratio("inference: LoRA / LoRA merged", "inference, LoRA", "inference, LoRA merged"))
     if sys.platform == "linux" and settings.device.type == "cpu":
-        kept, returned = (Case(f"LoRA step, freed memory {what}", _with(setting, cases[0].run), count, flops, precision)
+        kept, returned = (Case(f"LoRA step, freed memory {what}", after(setting, cases[0].run), count, flops, precision)
                           for what, setting in (("kept", keep_freed_memory), ("returned", return_freed_memory)))
         cases += [kept, returned]
         ratios.append(Ratio("LoRA step: freed memory returned / kept", returned.name, kept.name))
@@ -80,21 +80,6 @@ def merged(model: nn.Module) -> nn.Module:
             module.base_layer.weight = nn.Parameter(module.base_layer.weight.clone(), requires_grad=False)
     model.merge_adapter()
     return model
-
-
-def return_freed_memory() -> None:
-    """glibc's own behaviour again, at the highest thresholds it takes by itself."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 32 * 2**20)
-    libc.mallopt(-1, 64 * 2**20)
-
-
-def _with(setting: Callable[[], None], run: Callable[[], object]) -> Callable[[], object]:
-    def both() -> None:
-        setting()
-        run()
-
-    return both
 
 
 def evaluation_batch(settings: Settings) -> Benchmark:
