@@ -15,14 +15,11 @@ from transformers import Trainer, TrainingArguments
 
 from common.config import DEMO_BACKBONE, LoraConfig, PreparationConfig, TrainingFlags, parse
 from common.data import ImageSet, TaskData, load_task, prepare
-from common.layers import keep_freed_memory
 from common.models import load_processor
 from common.tasks import TASKS
 from common.training import fit
 from tests.bench.measure import BF16, LIMIT, Benchmark, Case, Ratio, Settings, forward_flops
-from tests.bench.setups import (
-    after, beit, demo_backbone, forward, images, lora, peft_lora, return_freed_memory, training_step, twin,
-)
+from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
 
 
 def prepared_task(settings: Settings, enlarge: bool = False) -> TaskData:
@@ -108,11 +105,10 @@ def _epochs(settings: Settings, task: TaskData) -> list[Case]:
     # An epoch of ours ends with a validation, theirs does not.
     few = dataclasses.replace(task.validation, inputs=task.validation.inputs[:4], labels=task.validation.labels[:4])
     flops = 2 * count * forward_flops(plain, images(settings, 1, plain)[0][0])
-    # What frees memory how is a setting of the whole process: theirs is to run as it does without us.
-    their_epoch = after(return_freed_memory, lambda: trainer_epoch(theirs, dataset, config, settings, precision))
     return [
         Case("epoch, ours", lambda: quiet_fit(ours, task.train, few, config), count, flops, precision),
-        Case("epoch, Trainer + peft, on the fly", their_epoch, count, flops, precision),
+        Case("epoch, Trainer + peft, on the fly", lambda: trainer_epoch(theirs, dataset, config, settings, precision), count,
+             flops, precision),
     ]
 
 
@@ -122,8 +118,8 @@ def _steps(settings: Settings) -> list[Case]:
     ours = training_step(lora(plain), batch, settings, precision)
     theirs = training_step(peft_lora(demo_backbone(settings, "sdpa")), batch, settings, precision, fused=True)  # as the Trainer
     return [
-        Case("step, ours", after(keep_freed_memory, ours), count, flops, precision),
-        Case("step, peft", after(return_freed_memory, theirs), count, flops, precision),
+        Case("step, ours", ours, count, flops, precision),
+        Case("step, peft", theirs, count, flops, precision),
     ]
 
 

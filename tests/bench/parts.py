@@ -1,7 +1,6 @@
 """What was done for speed, each thing on and off: kept because it pays, or left out because it does not."""
 
 import copy
-import sys
 
 import torch
 from torch import nn
@@ -9,15 +8,12 @@ from torch import nn
 from common import training
 from common.config import BenchmarkConfig, parse
 from common.data import ImageSet
-from common.layers import keep_freed_memory
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
-from tests.bench.setups import (
-    after, beit, demo_backbone, forward, images, lora, peft_lora, return_freed_memory, training_step, twin,
-)
+from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
 
 
 def parts(settings: Settings) -> Benchmark:
-    """Single speed-ups on and off: attention, LoRA layers, AdamW, the position bias, memory; demo backbone, batch 32."""
+    """Single speed-ups on and off: attention, LoRA layers, AdamW, the position bias; demo backbone, batch 32."""
     return _on_and_off(demo_backbone(settings), demo_backbone(settings, "sdpa"), 32, settings)
 
 
@@ -48,11 +44,6 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
     ratios = [Ratio(f"{other.name} / ours", other.name, own.name)
               for own, others in ((cases[0], cases[1:5]), (cases[5], cases[6:8])) for other in others]
     ratios.append(Ratio("inference: LoRA / LoRA merged", "inference, LoRA", "inference, LoRA merged"))
-    if sys.platform == "linux" and settings.device.type == "cpu":
-        kept, returned = (Case(f"LoRA step, freed memory {what}", after(setting, cases[0].run), count, flops, precision)
-                          for what, setting in (("kept", keep_freed_memory), ("returned", return_freed_memory)))
-        cases += [kept, returned]
-        ratios.append(Ratio("LoRA step: freed memory returned / kept", returned.name, kept.name))
     return cases, ratios
 
 

@@ -1,8 +1,6 @@
 """What is timed: models of the sizes that matter with random weights, random images, and a step of training."""
 
 import copy
-import ctypes
-import sys
 from collections.abc import Callable
 
 import torch
@@ -119,20 +117,3 @@ def forward(model: nn.Module, inputs: Tensor, settings: Settings, precision: str
             model(inputs)
 
     return run
-
-
-def return_freed_memory() -> None:
-    """The C library's own behaviour again, with glibc at the highest thresholds that it takes by itself."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 32 * 2**20)
-        libc.mallopt(-1, 64 * 2**20)
-
-
-def after(setting: Callable[[], None], run: Callable[[], object]) -> Callable[[], object]:
-    """Both, one after the other."""
-
-    def both() -> None:
-        setting()
-        run()
-
-    return both
