@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -311,7 +312,9 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     except Exception as error:
         if processes.launched()[1] == 1:
             raise
-        reason = f"another process has ended; run {again} to go on" if processes.lost(error) else traceback.format_exc()
+        if not processes.lost(error):  # a fault of the code's: all of it is told, once
+            processes.end(traceback.format_exc(), 1)
+        reason = f"another process has ended; run {again} to go on"
     else:
         processes.part()
         sys.exit(0)

@@ -110,6 +110,16 @@ def test_what_is_wrong_is_said_once(warm_process, workspace, mutable, script, fl
     assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
 
 
+def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text("from common import processes\nfrom common.config import BenchmarkConfig, run\n\n"
+                      "def main(config):\n    if processes.rank() == 1:\n        1 / 0\n    processes.any_of(False)\n\n"
+                      "run(main, BenchmarkConfig)\n")
+    ended = warm_process.run(script, "--device", "cpu", processes=2)
+    assert ended.status and ended.errors.startswith("Traceback (most recent call last):\n")
+    assert ended.errors.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
 def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
     place = Workspace(tmp_path / "root", workspace.model)
     done = warm_process.run("Data_Preparation.py", *place.flags("Data_Preparation"), processes=2)
