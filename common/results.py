@@ -182,8 +182,12 @@ def peak_memory() -> float:
     """The most memory in MiB that this process has held so far: a GPU's if it has used one, else all of its own."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    return resident_memory(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def resident_memory(usage: resource.struct_rusage) -> float:
+    """The most memory in MiB that a process has held, by what the system tells of it."""
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 
 def _read_summary(path: Path) -> pd.DataFrame:

@@ -102,9 +102,11 @@ class _Training:
     lowest: float = math.inf
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    at_once: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.at_once = self.step_size if self.config.largest_batch else self.config.batch_size
+        whole_step = math.ceil(self.step_size / processes.count())  # this process's share of it
+        self.at_once = whole_step if self.config.largest_batch else self.config.batch_size
 
     def __str__(self) -> str:
         return f"{self.name}, epoch {self.epoch}/{self.config.epochs}, step {self.step}/{self.steps}"

@@ -23,7 +23,7 @@ BENCHMARKS = {
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch,
 }
-DEMO, PREPARATION = "demo", "preparation"
+WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation}  # each a table of one run, with no ratios
 
 
 def machine(device: torch.device) -> str:
@@ -40,13 +40,12 @@ def _read(path: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    listed = "\n".join(f"  {name:18}{' '.join(function.__doc__.split())}" for name, function in BENCHMARKS.items())
+    listed = "\n".join(f"  {name:18}{' '.join(function.__doc__.split())}" for name, function in (BENCHMARKS | WHOLE).items())
     made = argparse.ArgumentParser(
         "python -m tests.bench", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        epilog=f"benchmarks:\n{listed}\n  {DEMO:18}run_all --demo, script by script, with where the time goes. One round.\n"
-               f"  {PREPARATION:18}Data_Preparation of 10,000 images of 640 x 360: images a second, cores, memory. One round.",
+        epilog=f"benchmarks:\n{listed}",
     )
-    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, DEMO, PREPARATION], help="which to run; all by default")
+    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *WHOLE], help="which to run; all by default")
     made.add_argument("--output", type=Path, default=Path("bench_results"), help="folder of tables and pictures (default: %(default)s)")
     made.add_argument("--root", type=Path, help="folder for the demo's images, kept for the next run (default: a temporary one)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
@@ -68,19 +67,15 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
                             options.large, time.process_time if options.cpu_time else time.perf_counter)
-        for name in options.names or [*BENCHMARKS, DEMO, PREPARATION]:
+        for name in options.names or [*BENCHMARKS, *WHOLE]:
             print(f"\n== {name} ==", flush=True)
             torch.manual_seed(0)
-            if name == DEMO:
-                table = scripts.run_demo(settings)
-                write_csv(options.output / "demo.csv", table)
-                save(options.output / "demo.png", scripts.picture(table, name_of_machine))
-                print(table.round(1).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
-                continue
-            if name == PREPARATION:
-                table = preparation.run_preparation(settings)
+            if name in WHOLE:
+                table = WHOLE[name](settings)
                 write_csv(options.output / f"{name}.csv", table)
-                print(table.round(1).to_string(index=False), flush=True)
+                print(table.round(1).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
+                if name == "demo":
+                    save(options.output / "demo.png", scripts.picture(table, name_of_machine))
                 continue
             times, ratios = measure(name, *BENCHMARKS[name](settings), settings)
             write(options.output, name, times, ratios, name_of_machine)

@@ -2,9 +2,8 @@
 
 from torch import nn
 
-from common.config import LoraConfig, parse
 from common.data import ImageSet
-from tests.bench.lora import prepared_task, quiet_fit
+from tests.bench.lora import prepared_task, quiet_fit, recipe
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, mixture, training_step
 
@@ -45,8 +44,7 @@ def by_size(settings: Settings) -> Benchmark:
 def by_images(settings: Settings) -> Benchmark:
     """An epoch of LoRA training on the demo backbone with 150, 300 and 600 images."""
     task = prepared_task(settings)
-    config = parse(LoraConfig, ["--demo", "--root", str(settings.root), "--epochs", "1", "--device", str(settings.device)])
-    base, cases = demo_backbone(settings), []
+    config, base, cases = recipe(settings), demo_backbone(settings), []
     flops, model = forward_flops(base, images(settings, 1, base)[0][0]), lora(base)
     for share in (4, 2, 1):
         count = len(task.train) // share

@@ -28,7 +28,8 @@ def prepared_task(settings: Settings, enlarge: bool = False) -> TaskData:
     flags = ["--demo", "--root", str(settings.root), "--images_per_class", str(count)]
     if enlarge:
         source = settings.root / "enlarged"
-        for label, number in itertools.product(range(len(task.demo_classes)), range(count)):
+        missing = [] if (settings.root / task.dataset_folder).exists() else range(count)  # kept from an earlier run
+        for label, number in itertools.product(range(len(task.demo_classes)), missing):
             picture = Image.fromarray(task.render(label, np.random.default_rng([label, number]))).resize((320, 320))
             path = source / task.demo_classes[label] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,12 +95,13 @@ def epoch_large(settings: Settings) -> Benchmark:
     return cases, [Ratio("epoch: Trainer + peft on the fly / ours", cases[1].name, cases[0].name, ">= 2.5")]
 
 
-def _recipe(settings: Settings) -> LoraConfig:
+def recipe(settings: Settings) -> LoraConfig:
+    """The demo's settings of LoRA, for one epoch."""
     return parse(LoraConfig, ["--demo", "--root", str(settings.root), "--epochs", "1", "--device", str(settings.device)])
 
 
 def _epochs(settings: Settings, task: TaskData) -> list[Case]:
-    precision, config, plain = settings.training_precision, _recipe(settings), demo_backbone(settings)
+    precision, config, plain = settings.training_precision, recipe(settings), demo_backbone(settings)
     ours, theirs = lora(plain), peft_lora(demo_backbone(settings, "sdpa"))  # transformers takes sdpa by itself
     dataset, count = on_the_fly(settings), len(task.train)
     # An epoch of ours ends with a validation, theirs does not.
@@ -113,7 +115,7 @@ def _epochs(settings: Settings, task: TaskData) -> list[Case]:
 
 
 def _steps(settings: Settings) -> list[Case]:
-    precision, count, plain = settings.training_precision, _recipe(settings).batch_size, demo_backbone(settings)
+    precision, count, plain = settings.training_precision, recipe(settings).batch_size, demo_backbone(settings)
     batch, flops = images(settings, count, plain), 2 * count * forward_flops(plain, images(settings, 1, plain)[0][0])
     ours = training_step(lora(plain), batch, settings, precision)
     theirs = training_step(peft_lora(demo_backbone(settings, "sdpa")), batch, settings, precision, fused=True)  # as the Trainer

@@ -14,17 +14,18 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ContextGatedMOE import Expert
 
 
+# peft multiplies every adapter's output by both, one after the other: that costs time whatever they are.
+SCALE, GLOBAL_WEIGHT = 2.0, 1.0  # alpha / rank, which the experts here have in B; X-LoRA's own factor
+
+
 class XLoraLinear(nn.Module):
-    """A linear layer with a loop over adapters. `scalings` (B, T, E) is set before a pass, None disables the adapters.
+    """A linear layer with a loop over adapters. `scalings` (B, T, E) is set before a pass, None disables the adapters."""
 
-    scale: alpha / rank of the adapters, which `updates` have in B; global_weight: X-LoRA's factor of all adapters.
-    """
-
-    def __init__(self, base: nn.Linear, updates: list[tuple[Tensor, Tensor]], scale: float = 2.0, global_weight: float = 1.0):
+    def __init__(self, base: nn.Linear, updates: list[tuple[Tensor, Tensor]]):
         super().__init__()
-        self.base, self.scalings, self.scale, self.global_weight = base, None, scale, global_weight
+        self.base, self.scalings = base, None
         self.down = nn.ParameterList([nn.Parameter(down, requires_grad=False) for down, _ in updates])
-        self.up = nn.ParameterList([nn.Parameter(up / scale, requires_grad=False) for _, up in updates])
+        self.up = nn.ParameterList([nn.Parameter(up / SCALE, requires_grad=False) for _, up in updates])
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, d_in). Returns (B, T, d_out)."""
@@ -33,7 +34,7 @@ class XLoraLinear(nn.Module):
             for index, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
                 x = x.to(down.dtype)
                 scaled = x * self.scalings[:, :, index, None]
-                result += F.linear(F.linear(scaled, down), up) * self.scale * self.global_weight
+                result += F.linear(F.linear(scaled, down), up) * SCALE * GLOBAL_WEIGHT
         return result
 
 
