@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_dat
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from common.config import PreparationConfig, UserError, is_unicode
+from common.config import UserError, is_unicode
 from common.images import IMAGE_FILES, Encoded, ImageFile, png
 from common.tasks import Task
 

@@ -18,7 +18,6 @@ import Finetune
 from common import models, training
 from common.checkpoint import Checkpoint
 from common.config import SCRIPTS, UserError, run
-from common.data import together
 from common.files import locked, read_json, recover, write_json, writing
 from common.results import Results
 from common.training import cross_entropy, fit, stopping
