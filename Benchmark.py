@@ -1,11 +1,12 @@
 """Step 3: the pretrained backbone with an untrained head, per task: what a model knows of the classes before training."""
 
 from common import models
-from common.config import BenchmarkConfig, run
-from common.data import load_task
-from common.results import Results
+from common.cli.flags import BenchmarkConfig
+from common.cli.run import run
+from common.data.tensors import load_task
+from common.results.folder import Results
 from common.tasks import TASKS
-from common.training import evaluate
+from common.training.evaluate import evaluate
 
 
 def main(config: BenchmarkConfig) -> None:

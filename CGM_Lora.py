@@ -13,14 +13,21 @@ import torch
 from torch import Tensor
 from transformers import BeitForImageClassification, BeitImageProcessorPil
 
-from common import comparison, models, plotting, processes
-from common.checkpoint import Checkpoint
-from common.config import MixtureConfig, UserError, run
-from common.data import ImageSet, TaskData, load_task, together
-from common.files import PROVENANCE_FILE, command, differences, read_json, remove, write_csv
-from common.results import Results
+from common import models
+from common.cli.flags import MixtureConfig
+from common.cli.run import run
+from common.comparison import methods as comparison
+from common.data.tensors import ImageSet, TaskData, load_task, together
+from common.errors import UserError
+from common.files import read_json, remove
+from common.provenance import PROVENANCE_FILE, command, differences
+from common.results import plotting
+from common.results.folder import Results
 from common.tasks import TASKS
-from common.training import Fit, Loss, cross_entropy, device_of, evaluate, fit
+from common.training import distributed
+from common.training.checkpoint import Checkpoint
+from common.training.evaluate import device_of, evaluate
+from common.training.loop import Fit, Loss, cross_entropy, fit
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 COMPARISON = "CGM_Lora_Comparison"
@@ -42,7 +49,7 @@ def main(config: MixtureConfig) -> None:
             make(config, tasks, results, processor, folder)
         if config.compare:
             table = comparison.compare(config, tasks, load(folder, config, tasks), build, train, results.checkpoint)
-            write_csv(results.folder / f"{COMPARISON}.csv", table)
+            results.write_table(f"{COMPARISON}.csv", table)
             plotting.comparison(results.folder / f"{COMPARISON}.png", table, results.title("One model for all tasks"))
             shown = table[["method", "task", "accuracy_mean", "accuracy_spread", "mcnemar_p"]]
             print(shown.to_string(index=False, float_format="{:.3g}".format))
@@ -64,7 +71,7 @@ def make(config: MixtureConfig, tasks: list[TaskData], results: Results, process
         routes.append(by_layer)
     results.write_history(fitted.history, "CGM_Lora", "Context-gated mixture, all tasks")
     routing = pd.concat(routes)
-    write_csv(results.folder / "CGM_Lora_Routing.csv", routing)
+    results.write_table("CGM_Lora_Routing.csv", routing)
     plotting.routing(results.folder / "CGM_Lora_Routing.png", routing, results.title("Routing of the mixture"))
     classes = {data.task.key: data.classes for data in tasks}
     models.save(folder, model, processor, {**results.made_from, "classes": classes})
@@ -173,7 +180,7 @@ def predict(model: ContextGatedMOE, data: ImageSet, config: MixtureConfig) -> tu
         probabilities, _ = evaluate(
             model, data, config, after_batch=lambda: recorded.append(torch.stack(list(gates.values()), dim=1))
         )
-    weights = processes.gathered(torch.cat(recorded), len(data)).transpose(0, 1).cpu()  # (layers, N, E)
+    weights = distributed.gathered(torch.cat(recorded), len(data)).transpose(0, 1).cpu()  # (layers, N, E)
     by_layer = pd.DataFrame(weights.mean(1).numpy(), columns=model.expert_names)
     by_layer.insert(0, "Layer", list(gates))
     return probabilities, weights.mean(0).numpy(), by_layer

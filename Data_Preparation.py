@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from common.config import PreparationConfig, run
-from common.data import prepare
-from common.processes import on_main
+from common.cli.flags import PreparationConfig
+from common.cli.run import run
+from common.data.prepare import prepare
 from common.tasks import TASKS
+from common.training.distributed import on_main
 
 
 @on_main

@@ -1,11 +1,14 @@
 """Step 4: full fine-tuning, all weights of the pretrained backbone and a new head, one model per task."""
 
 from common import models
-from common.config import FinetuneConfig, run
-from common.data import load_task
-from common.results import Results
+from common.cli.flags import FinetuneConfig
+from common.cli.run import run
+from common.data.tensors import load_task
+from common.results.folder import Results
 from common.tasks import TASKS
-from common.training import evaluate, fit, layer_decay_groups
+from common.training.evaluate import evaluate
+from common.training.loop import fit
+from common.training.schedule import layer_decay_groups
 
 
 def main(config: FinetuneConfig) -> None:

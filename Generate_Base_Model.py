@@ -3,13 +3,14 @@
 from torch import nn
 
 from common import models
-from common.config import BaseModelConfig, run
-from common.data import load_task
-from common.files import write_csv
-from common.metrics import predictions_table
-from common.results import Results
+from common.cli.flags import BaseModelConfig
+from common.cli.run import run
+from common.data.tensors import load_task
+from common.results.folder import Results
+from common.results.metrics import predictions_table
 from common.tasks import TASKS
-from common.training import evaluate, features, fit
+from common.training.evaluate import evaluate, features
+from common.training.loop import fit
 
 
 def main(config: BaseModelConfig) -> None:
@@ -32,7 +33,7 @@ def main(config: BaseModelConfig) -> None:
             table = predictions_table(probabilities, data.test.labels.numpy(), data.classes)
             rows.append(results.row(data, table, fitted, models.trainable_parameters(head)))
             models.save(models.base_folder(config, data.task), model, processor, results.made_from_for(data))
-            write_csv(results.folder / f"{name}_History.csv", fitted.history)
+            results.write_table(f"{name}_History.csv", fitted.history)
         results.finish(rows)
 
 

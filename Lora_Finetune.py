@@ -1,11 +1,13 @@
 """Step 5: LoRA fine-tuning, one adapter with its head per task, starting from the base models."""
 
 from common import models
-from common.config import LoraConfig, run
-from common.data import load_task
-from common.results import Results
+from common.cli.flags import LoraConfig
+from common.cli.run import run
+from common.data.tensors import load_task
+from common.results.folder import Results
 from common.tasks import TASKS
-from common.training import evaluate, fit
+from common.training.evaluate import evaluate
+from common.training.loop import fit
 
 
 def main(config: LoraConfig) -> None:

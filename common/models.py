@@ -17,14 +17,14 @@ from torch import nn
 from transformers import AutoConfig, BeitConfig, BeitForImageClassification, BeitImageProcessorPil, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from common.config import RunFlags, UserError
-from common.data import TaskData
-from common.files import (
-    PROVENANCE_FILE, command, differences, file_hashes, read_json, recover, tensor_fingerprint, write_json, writing,
-)
-from common.layers import ATTENTION, LoraLinear
-from common.processes import on_main
+from common.cli.flags import RunFlags
+from common.data.tensors import TaskData
+from common.errors import UserError
+from common.files import read_json, recover, write_json, writing
+from common.provenance import PROVENANCE_FILE, command, differences, file_hashes, tensor_fingerprint
 from common.tasks import Task
+from common.training.distributed import on_main
+from common.training.kernels import ATTENTION, LoraLinear
 
 HEAD = "classifier"
 # The six linear layers of a BEiT block, as the installed transformers names them.

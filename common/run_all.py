@@ -7,14 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-from common import processes
-from common.config import SCRIPTS, RunAllConfig, UserError, run
-from common.results import print_summary
+from common.cli.flags import SCRIPTS, RunAllConfig
+from common.cli.run import run
+from common.errors import UserError
+from common.results.folder import print_summary
+from common.training import distributed
 
 
 def main(config: RunAllConfig) -> None:
     """Run every script with the flags given here. Raises UserError, after the script's own line, if one fails."""
-    if processes.launched()[1] > 1:
+    if distributed.launched()[1] > 1:
         raise UserError("run_all is one process; run the scripts one by one under accelerate launch")
     folder = Path(__file__).resolve().parents[1]
     seconds = {}

@@ -1,11 +1,6 @@
 """The tasks of the experiment. A new task is one more entry in TASKS; every script then includes it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-
-from common.demo import fire, games
 
 
 @dataclass(frozen=True)
@@ -13,15 +8,15 @@ class Task:
     """Where the images of one task come from and what its files are called.
 
     key: in folder names and flags; title: in file names; name: in plots and messages. hub_id: the dataset's name on
-    the Hub. render(label, rng) -> (H, W, 3) uint8 and demo_classes: the generated stand-in of `--demo`.
+    the Hub. demo: the module of `common.demo` that generates its stand-in of `--demo`: CLASS_NAMES, and
+    render(label, rng) -> (H, W, 3) uint8.
     """
 
     key: str
     title: str
     name: str
     hub_id: str
-    render: Callable[[int, np.random.Generator], np.ndarray]
-    demo_classes: tuple[str, ...]
+    demo: str
 
     @property
     def dataset_folder(self) -> str:
@@ -30,6 +25,6 @@ class Task:
 
 
 TASKS = [
-    Task("fire", "Fire_Risk", "fire risk", "blanchon/FireRisk", fire.render, fire.CLASS_NAMES),
-    Task("game", "Game", "video games", "Bingsu/Gameplay_Images", games.render, games.CLASS_NAMES),
+    Task("fire", "Fire_Risk", "fire risk", "blanchon/FireRisk", "fire"),
+    Task("game", "Game", "video games", "Bingsu/Gameplay_Images", "games"),
 ]

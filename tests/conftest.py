@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than one only wait
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a plain `pytest`, from any folder, finds the scripts
 
-from common.config import SCRIPTS  # noqa: E402
 from pipeline import Workspace, save_tiny_backbone  # noqa: E402
+
+from common.cli.flags import SCRIPTS
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ import torch
 from transformers import BeitConfig, BeitForImageClassification, BeitImageProcessorPil
 
 from common import models
-from common.config import SCRIPTS, RunFlags, parse
-from common.data import TaskData, load_task
+from common.cli.flags import SCRIPTS, RunFlags
+from common.cli.parser import parse
+from common.data.tensors import TaskData, load_task
 from common.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from pipeline import tiny_beit
 
 from ContextGatedMOE import Expert
-from pipeline import tiny_beit
 from tests.bench.__main__ import BENCHMARKS, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
 from tests.bench.phases import PHASES, phase_of, profile

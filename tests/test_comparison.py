@@ -9,15 +9,18 @@ import torch
 from mixture_models import assert_close, logits, randomise_gates
 from peft import PeftModel
 from PIL import Image
+from pipeline import Workspace, hashes
 from safetensors.torch import load_file
 
 import CGM_Lora
-from common import comparison, models
-from common.comparison import EARLIER, JOINT, MERGES, MIXTURE, ORACLE, Comparison, earlier_formulation, headless, merge, mixed_test
-from common.config import UserError
-from common.data import ImageSet
-from common.training import evaluate
-from pipeline import Workspace, hashes
+from common import models
+from common.comparison import methods as comparison
+from common.comparison import score
+from common.comparison.methods import MERGES, earlier_formulation, headless, merge
+from common.comparison.score import EARLIER, JOINT, MIXTURE, ORACLE, Comparison, mixed_test
+from common.data.tensors import ImageSet
+from common.errors import UserError
+from common.training.evaluate import evaluate
 
 KEYS = ["fire", "game"]
 TRAINED = [MIXTURE, "mixture, top 1", JOINT, f"{EARLIER}, mixed batches", f"{EARLIER}, pure batches"]
@@ -126,7 +129,7 @@ def test_the_oracle_is_each_image_by_its_own_expert(result):
 def test_pure_batches_hold_one_task_and_keep_the_order(result, config, mixture, monkeypatch):
     seen = []
     whole = evaluate(mixture, result.data, config)[0]
-    monkeypatch.setattr(comparison, "evaluate", lambda model, data, *rest: seen.append(data) or evaluate(model, data, *rest))
+    monkeypatch.setattr(score, "evaluate", lambda model, data, *rest: seen.append(data) or evaluate(model, data, *rest))
     result.add("pure", mixture, pure=True)
     assert [data.tasks.unique().tolist() for data in seen] == [[0], [1]]
     assert np.allclose(result.predictions["pure"][0], whole, atol=1e-5)
@@ -282,14 +285,14 @@ def test_tasks_with_different_numbers_of_classes_are_refused_by_flag(config, tas
 def test_speed_is_that_of_the_median_batch_after_the_first(result, config, monkeypatch):
     """Batches of 4: the first takes 9 seconds, the others 1, 2 and 4, so the median is 2."""
     ends = iter([0, 9, 10, 12, 16])
-    monkeypatch.setattr(comparison, "EVALUATION_BATCH", 4)
-    monkeypatch.setattr(comparison.time, "perf_counter", lambda: next(ends))
+    monkeypatch.setattr(score, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(score.time, "perf_counter", lambda: next(ends))
 
     def four_batches(model: object, data: ImageSet, settings: object, after_batch: object) -> tuple[np.ndarray, float]:
         for _ in range(4):
             after_batch()
         return np.full((16, 4), 0.25), 0.0
 
-    monkeypatch.setattr(comparison, "evaluate", four_batches)
+    monkeypatch.setattr(score, "evaluate", four_batches)
     result.add(MIXTURE, None)
     assert result.facts[MIXTURE]["images_per_second"] == pytest.approx(4 / 2)

@@ -18,16 +18,28 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_from_disk
-from PIL import Image as PILImage
-
-from common.config import PreparationConfig, UserError, parse
-from common.data import prepare
-from common.hub import CONNECTIONS
-from common.tasks import TASKS
 from hub import (
-    FIRE_CLASSES, FIRE_RISK, GAME_CLASSES, GAMEPLAY_IMAGES, colour, dataset_repo, image_dataset, noisy_png, png, serve,
+    FIRE_CLASSES,
+    FIRE_RISK,
+    GAME_CLASSES,
+    GAMEPLAY_IMAGES,
+    colour,
+    dataset_repo,
+    image_dataset,
+    noisy_png,
+    png,
+    serve,
 )
+from PIL import Image as PILImage
 from pipeline import hashes
+
+from common.cli.flags import PreparationConfig
+from common.cli.parser import parse
+from common.data.hub import CONNECTIONS
+from common.data.prepare import prepare
+from common.data.sources import generator
+from common.errors import UserError
+from common.tasks import TASKS
 
 pytest_plugins = ["warm_process"]
 
@@ -888,6 +900,6 @@ def test_the_demo_runs_by_itself(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     for task in TASKS:
         data = opened(tmp_path / "demo", task.key)
-        assert data["train"].features["label"].names == list(task.demo_classes)
+        assert data["train"].features["label"].names == list(generator(task).CLASS_NAMES)
         assert {name: len(split) for name, split in data.items()} == {"train": 12, "validation": 4, "test": 4}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]

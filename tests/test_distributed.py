@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.numpy import load_file
-
-from common import processes
 from kill_resume import NEEDED, differences
 from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
+from safetensors.numpy import load_file
+
+from common.training import distributed
 
 pytest_plugins = ["warm_process"]
 
@@ -33,7 +33,7 @@ def by_two(tmp_path_factory, workspace, warm_process):
 
 
 def run_scripts(root, workspace, warm_process, number):
-    """The scripts that compute, by so many processes. Batches of 7: neither they nor the steps come out even."""
+    """The scripts that compute, by so many distributed. Batches of 7: neither they nor the steps come out even."""
     place = workspace.copy(root, "fire_dataset", "game_dataset")
     for script in ["Generate_Base_Model", "Benchmark", "Finetune", "Lora_Finetune", "CGM_Lora"]:
         flags = place.flags(script, *PRECISE, *(["--batch_size", "7"] if script != "Benchmark" else []))
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said_once(warm_process, workspace, mutable, script, fl
 def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text("from common import processes\nfrom common.config import BenchmarkConfig, run\n\n"
-                      "def main(config):\n    if processes.rank() == 1:\n        1 / 0\n    processes.any_of(False)\n\n"
+                      "def main(config):\n    if distributed.rank() == 1:\n        1 / 0\n    distributed.any_of(False)\n\n"
                       "run(main, BenchmarkConfig)\n")
     ended = warm_process.run(script, "--device", "cpu", processes=2)
     assert ended.status and ended.errors.startswith("Traceback (most recent call last):\n")
@@ -150,11 +150,11 @@ def test_accelerate_launches_two_processes(by_two, tmp_path):
 @pytest.mark.parametrize("total", [1, 2, 5, 8, 64])
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch, total, number):
-    monkeypatch.setattr(processes, "count", lambda: number)
+    monkeypatch.setattr(distributed, "count", lambda: number)
     counted, lengths, all_rows = [], set(), []
     for rank in range(number):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        rows, real = processes.share(total)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        rows, real = distributed.share(total)
         counted += rows[:real].tolist()
         all_rows += rows.tolist()
         lengths.add(len(rows))
@@ -164,5 +164,5 @@ def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch, 
 def test_accelerate_on_cpus_is_told_how_to_start_more_than_one_process(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    processes.hush()
+    distributed.hush()
     assert "--multi_gpu --num_processes N" in capsys.readouterr().err

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from PIL import ImageEnhance
 
-from common import duplicates
-from common.config import PreparationConfig, UserError, parse
-from common.data import prepare
-from common.duplicates import COLOUR_BYTES, NEAR_BITS, NEAR_COLOUR, groups, have_near
-from common.images import HASH_BYTES, perceptual_hash
-from common.splits import SPLITS, grouped_split, random_split
+from common.cli.flags import PreparationConfig
+from common.cli.parser import parse
+from common.data import duplicates
+from common.data.duplicates import COLOUR_BYTES, NEAR_BITS, NEAR_COLOUR, groups, have_near
+from common.data.images import HASH_BYTES, perceptual_hash
+from common.data.prepare import prepare
+from common.data.splits import SPLITS, grouped_split, random_split
+from common.errors import UserError
 from common.tasks import TASKS
 
 CLASSES = ["dunes", "forest", "town"]

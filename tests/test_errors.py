@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from pipeline import REPOSITORY, Workspace, files_in, hashes
 
 from common import models
-from common.checkpoint import Checkpoint
-from common.config import SCRIPTS, RunAllConfig, parse, run
-from common.files import read_json, versions
+from common.cli.flags import SCRIPTS, RunAllConfig
+from common.cli.parser import parse
+from common.cli.run import run
+from common.files import read_json
+from common.provenance import versions
 from common.run_all import main as run_all
-from pipeline import REPOSITORY, Workspace, files_in, hashes
+from common.training.checkpoint import Checkpoint
 
 pytest_plugins = ["warm_process"]
 
@@ -395,7 +398,7 @@ def test_finished_results_stay_so_without_what_they_were_made_from(mutable, caps
 
 
 def test_results_of_other_package_versions_say_so(monkeypatch, workspace, capsys):
-    monkeypatch.setattr("common.results.versions", lambda: {**versions(), "torch": "1.0"})
+    monkeypatch.setattr("common.results.folder.versions", lambda: {**versions(), "torch": "1.0"})
     workspace.run("Finetune")
     said = capsys.readouterr().out
     assert f"made with packages.torch = {versions()['torch']}, not 1.0" in said and "Finetune is finished already" in said

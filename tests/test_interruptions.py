@@ -12,18 +12,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-
-import CGM_Lora
-import Finetune
-from common import models, training
-from common.checkpoint import Checkpoint
-from common.config import SCRIPTS, UserError, run
-from common.files import locked, read_json, recover, write_json, writing
-from common.results import Results
-from common.training import cross_entropy, fit, stopping
 from kill_resume import NEEDED, differences
 from pipeline import REPOSITORY, Workspace, files_in, hashes
 from test_training import CLASSES, examples, pictures, settings, trained, weights
+
+import CGM_Lora
+import Finetune
+from common import models
+from common.cli.flags import SCRIPTS
+from common.cli.run import run
+from common.errors import UserError
+from common.files import locked, read_json, recover, write_json, writing
+from common.results.folder import Results
+from common.training import loop as training
+from common.training.checkpoint import Checkpoint
+from common.training.loop import cross_entropy, fit, stopping
 
 pytest_plugins = ["warm_process"]
 
@@ -62,10 +65,10 @@ def end_after_saves(monkeypatch, count):
     ("Generate_Base_Model", "os.replace", 4),
     ("Finetune", "torch.optim.AdamW.step", 5),
     ("Finetune", "os.replace", 20),
-    ("Lora_Finetune", "common.training.evaluate", 2),
-    ("Lora_Finetune", "common.results.write_json", 1),  # all is there but the mark that it is
+    ("Lora_Finetune", "common.training.loop.evaluate", 2),
+    ("Lora_Finetune", "common.results.folder.write_json", 1),  # all is there but the mark that it is
     ("CGM_Lora", "torch.optim.AdamW.step", 9),
-    ("CGM_Lora", "common.results.remove", 1),  # finished, with the checkpoints still there
+    ("CGM_Lora", "common.results.folder.remove", 1),  # finished, with the checkpoints still there
 ])
 def test_a_killed_script_that_is_run_again_ends_as_if_it_had_not_been(
         warm_process, workspace, tmp_path, script, function, call):

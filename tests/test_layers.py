@@ -3,12 +3,13 @@
 import pytest
 import torch
 from peft import PeftModel
+from pipeline import IMAGE_SIZE
 from torch import nn
 from transformers import BeitForImageClassification
 
-from common import layers, models
-from common.training import cross_entropy
-from pipeline import IMAGE_SIZE
+from common import models
+from common.training import kernels
+from common.training.loop import cross_entropy
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -55,8 +56,8 @@ def pair(backbone, tmp_path_factory):
 
 def test_an_adapted_model_is_the_one_that_peft_opens(pair, batch):
     ours, theirs = pair
-    assert any(isinstance(module, layers.LoraLinear) for module in ours.modules())
-    assert not any(isinstance(module, layers.LoraLinear) for module in theirs.modules())
+    assert any(isinstance(module, kernels.LoraLinear) for module in ours.modules())
+    assert not any(isinstance(module, kernels.LoraLinear) for module in theirs.modules())
     with torch.no_grad():
         assert torch.allclose(ours(batch[0]).logits, theirs(batch[0]).logits, atol=1e-6)
 
@@ -99,12 +100,12 @@ def test_a_second_adapter_is_added_as_peft_does(backbone, batch):
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 3, 4)])
 def test_any_number_of_dimensions_comes_before_the_width(shape):
     config = models.PeftLoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
-    layer, x = layers.LoraLinear(nn.Linear(4, 6), "default", config=config, r=2, lora_alpha=4), torch.randn(shape)
+    layer, x = kernels.LoraLinear(nn.Linear(4, 6), "default", config=config, r=2, lora_alpha=4), torch.randn(shape)
     expected = layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x))
     assert layer(x).shape == (*shape[:-1], 6) and torch.allclose(layer(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch, platform):
-    monkeypatch.setattr(layers.sys, "platform", platform)
-    layers.keep_freed_memory()
+    monkeypatch.setattr(kernels.sys, "platform", platform)
+    kernels.keep_freed_memory()

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
+from hub import folder_repo
+from pipeline import save_tiny_backbone, tiny_beit
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from common.config import UserError
+from common.errors import UserError
 from common.models import backbone_fingerprint, load_backbone, load_processor
-from hub import folder_repo
-from pipeline import save_tiny_backbone, tiny_beit
 
 pytest_plugins = ["warm_process"]
 
@@ -33,7 +33,7 @@ PUBLISHED_NAMES = [
 LOAD_BY_NAME = """
 import sys
 from safetensors.torch import save_file
-from common.config import UserError
+from common.errors import UserError
 from common.models import load_backbone, load_processor
 try:
     model = load_backbone(sys.argv[1], ["ash", "beech", "cedar", "date"], 0)

@@ -14,17 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from common import models
-from common.config import PreparationConfig, UserError, parse
-from common.data import load_task, prepare
-from common.files import locked
-from common.reading import AHEAD, in_order
-from common.sources import NO_LABEL, Source
-from common.splits import choose
-from common.tasks import TASKS
 from pipeline import files_in, hashes
 from test_data_preparation import FIRE, PROJECT, SCRIPT, write_folders
+
+from common import models
+from common.cli.flags import PreparationConfig
+from common.cli.parser import parse
+from common.data.prepare import prepare
+from common.data.reading import AHEAD, in_order
+from common.data.sources import NO_LABEL, Source
+from common.data.splits import choose
+from common.data.tensors import load_task
+from common.errors import UserError
+from common.files import locked
+from common.tasks import TASKS
 
 pytest_plugins = ["warm_process"]
 
@@ -59,8 +62,8 @@ def whole(images, tmp_path_factory):
 
 
 @pytest.mark.parametrize("function, call", [
-    ("common.data.choose", 1),
-    ("common.images.perceptual_hash", 60),  # in the second task
+    ("common.data.prepare.choose", 1),
+    ("common.data.images.perceptual_hash", 60),  # in the second task
     ("pyarrow.ipc.new_stream", 2),
     ("os.replace", 2),  # the old folder out of the way
     ("os.replace", 3),  # the new one to its place

@@ -14,17 +14,21 @@ import torch
 from datasets import load_from_disk
 from peft import PeftModel
 from PIL import Image
+from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, BeitForImageClassification, BeitImageProcessorPil
 
-from common import models, run_all, training
-from common.config import SCRIPTS, RunAllConfig, UserError, parse
+from common import models, run_all
+from common.cli.flags import SCRIPTS, RunAllConfig
+from common.cli.parser import parse
+from common.errors import UserError
 from common.files import read_json
-from common.metrics import confusion, scores
+from common.results.metrics import confusion, scores
 from common.tasks import TASKS
-from common.training import evaluate, features, fit
+from common.training import evaluate as evaluation
+from common.training.evaluate import evaluate, features
+from common.training.loop import fit
 from ContextGatedMOE import ContextGatedMOE
-from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
 
 TITLES = {"fire": "Fire_Risk", "game": "Game"}
 KEYS = list(TITLES)
@@ -290,7 +294,7 @@ def test_a_prediction_does_not_depend_on_the_other_images_of_the_batch(workspace
     test, model = data_of(tasks, key).test, open_trained(workspace, method, key)
     backwards = dataclasses.replace(test, inputs=test.inputs.flip(0), labels=test.labels.flip(0))
     together = predict(workspace, model, test)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 3)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 3)
     assert np.allclose(predict(workspace, model, backwards)[::-1], together, atol=1e-5)
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
-from common.config import SCRIPTS, UserError
-from common.files import read_json, write_json
-from ContextGatedMOE import ContextGatedMOE
 from mixture_models import assert_close, logits, randomise_gates
 from peft import PeftModel
 from pipeline import files_in, hashes, tiny_beit
-from three_tasks import CLASSES, three_tasks
+from safetensors.torch import load_file, save_file
+from three_tasks import CLASS_NAMES, three_tasks
+
+from common.cli.flags import SCRIPTS
+from common.errors import UserError
+from common.files import read_json, write_json
+from ContextGatedMOE import ContextGatedMOE
 
 KEYS = ["fire", "game", "third"]
 TITLES = {"fire": "Fire_Risk", "game": "Game", "third": "Third"}
@@ -50,7 +51,7 @@ def test_every_script_has_every_file_for_the_third_task_too(three, workspace):
 
 def test_predictions_of_the_third_task_have_three_gate_columns(three):
     table = three.predictions("CGM_Lora", "Third")
-    assert list(table.columns[3:]) == [*(f"Probability {name}" for name in CLASSES), *(f"Gate {key}" for key in KEYS)]
+    assert list(table.columns[3:]) == [*(f"Probability {name}" for name in CLASS_NAMES), *(f"Gate {key}" for key in KEYS)]
     assert (table.filter(like="Gate ").sum(axis=1) - 1).abs().max() < 5e-6
 
 

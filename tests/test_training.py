@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pipeline import IMAGE_SIZE, tiny_beit
 from torch import nn
 
-from common import training
-from common.config import BaseModelConfig, UserError
-from common.data import ImageSet
-from common.metrics import confusion, predictions_table, scores
-from common.training import cross_entropy, evaluate, features, fit, layer_decay_groups, warmup_cosine
-from pipeline import IMAGE_SIZE, tiny_beit
+from common.cli.flags import BaseModelConfig
+from common.data.tensors import ImageSet
+from common.errors import UserError
+from common.results.metrics import confusion, predictions_table, scores
+from common.training import evaluate as evaluation
+from common.training.evaluate import evaluate, features
+from common.training.loop import cross_entropy, fit
+from common.training.schedule import layer_decay_groups, warmup_cosine
 
 WIDTH, CLASSES = 6, 3
 WEIGHT_LEVELS = {  # of a BEiT with two blocks: how many times the decay applies
@@ -214,7 +217,7 @@ def test_a_head_on_cached_features_learns_as_through_the_frozen_backbone():
 def test_evaluation_does_not_depend_on_the_size_of_its_batches(monkeypatch, size):
     model, data = head(), examples(21)
     probabilities, loss = evaluate(model, data, settings())
-    monkeypatch.setattr(training, "EVALUATION_BATCH", size)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", size)
     others, other_loss = evaluate(model, data, settings())
     assert np.allclose(others, probabilities, atol=1e-6) and other_loss == pytest.approx(loss, abs=1e-6)
 

@@ -15,9 +15,9 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from common.config import SCRIPTS  # noqa: E402
+from common.cli.flags import SCRIPTS
 
-CLASSES = ("stripes", "bars", "checks", "plain")
+CLASS_NAMES = ("stripes", "bars", "checks", "plain")
 
 
 def render(label: int, rng: np.random.Generator) -> np.ndarray:
@@ -39,7 +39,8 @@ def three_tasks() -> Iterator[type]:
     try:
         tasks = importlib.import_module("common.tasks").TASKS
         third = {"key": "third", "title": "Third", "name": "patterns", "hub_id": "nobody/patterns"}
-        tasks.append(dataclasses.replace(tasks[0], **third, render=render, demo_classes=CLASSES))
+        tasks.append(dataclasses.replace(tasks[0], **third, demo="third"))
+        sys.modules["common.demo.third"] = sys.modules[__name__]
         yield importlib.import_module("pipeline").Workspace
     finally:
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
@@ -53,9 +54,9 @@ def main() -> None:
     parser.add_argument("--root", default="demo_of_three", help="folder for images and results (default: %(default)s)")
     root = parser.parse_args().root
     with three_tasks():
-        config = importlib.import_module("common.config")
+        config, cli = (importlib.import_module(f"common.cli.{name}") for name in ("flags", "parser"))
         for script in ("Data_Preparation", "Generate_Base_Model", "Lora_Finetune", "CGM_Lora"):
-            importlib.import_module(script).main(config.parse(config.SCRIPTS[script], ["--demo", "--root", root]))
+            importlib.import_module(script).main(cli.parse(config.SCRIPTS[script], ["--demo", "--root", root]))
 
 
 if __name__ == "__main__":

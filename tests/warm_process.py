@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from hub import Hub, serve
 
 PROJECT = Path(__file__).parents[1]
@@ -90,8 +89,8 @@ def hub(warm_process: WarmProcess) -> Iterator[Hub]:
 
 def _run_orders() -> None:
     """Fork for every line of stdin: run what it says and print the exit status."""
-    importlib.import_module("common.comparison")
-    importlib.import_module("common.results")
+    importlib.import_module("common.comparison.methods")
+    importlib.import_module("common.results.folder")
     for line in sys.stdin:
         argv, streams, kill_at, kill_after, number = json.loads(line)
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.data.sources import generator
 from common.tasks import TASKS, Task
 
 COLUMNS = 8
@@ -13,15 +14,16 @@ COLUMNS = 8
 
 def contact_sheet(task: Task, path: Path, seed: int = 0) -> None:
     """Write a picture with one row of freshly generated images per class."""
-    rows = len(task.demo_classes)
-    sample = [[task.render(label, np.random.default_rng([seed, label, i])) for i in range(COLUMNS)] for label in range(rows)]
+    module = generator(task)
+    rows = len(module.CLASS_NAMES)
+    sample = [[module.render(label, np.random.default_rng([seed, label, i])) for i in range(COLUMNS)] for label in range(rows)]
     height, width = sample[0][0].shape[:2]
     figure = Figure(figsize=(1.3 * COLUMNS, 1.3 * rows * height / width + 0.3 * rows), layout="constrained")
     for label, panels in enumerate(figure.subplots(rows, COLUMNS)):
         for panel, image in zip(panels, sample[label], strict=True):
             panel.imshow(image, interpolation="nearest")
             panel.set_axis_off()
-        panels[0].set_title(task.demo_classes[label], loc="left", fontsize=9)
+        panels[0].set_title(module.CLASS_NAMES[label], loc="left", fontsize=9)
     figure.savefig(path, dpi=100, pil_kwargs={"quality": 88})
 
 

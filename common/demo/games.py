@@ -9,8 +9,27 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from common.demo.game_looks import (
-    BACKDROPS, SIZE, Backdrop, Box, Colour, Draw, Field, Look, Shape, darker, draw_tile, flat, gradient, hills, lattice, lighter,
-    random_field, random_look, speckle, stars, tile_colour,
+    BACKDROPS,
+    SIZE,
+    Backdrop,
+    Box,
+    Colour,
+    Draw,
+    Field,
+    Look,
+    Shape,
+    darker,
+    draw_tile,
+    flat,
+    gradient,
+    hills,
+    lattice,
+    lighter,
+    random_field,
+    random_look,
+    speckle,
+    stars,
+    tile_colour,
 )
 from common.demo.game_overlays import draw_overlays, through_lens
 from common.demo.game_rules import Scene, Thing, play

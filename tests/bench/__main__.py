@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common.config import BenchmarkConfig, UserError, parse
+from common.cli.flags import BenchmarkConfig
+from common.cli.parser import parse
+from common.errors import UserError
 from common.files import write_csv
-from common.training import device_of
+from common.training.evaluate import device_of
 from tests.bench import growth, heads, lora, mixture, parts, preparation, scripts
 from tests.bench.measure import Settings, as_text, measure, save, write
 

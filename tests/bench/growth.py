@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from common.data import ImageSet
+from common.data.tensors import ImageSet
 from tests.bench.lora import prepared_task, quiet_fit, recipe
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, mixture, training_step

@@ -1,7 +1,8 @@
 """Base models: heads trained on features computed once, against training through the backbone at every epoch."""
 
-from common.config import BaseModelConfig, parse
-from common.training import features
+from common.cli.flags import BaseModelConfig
+from common.cli.parser import parse
+from common.training.evaluate import features
 from tests.bench.lora import prepared_task, quiet_fit
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import demo_backbone, images, twin

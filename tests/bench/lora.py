@@ -13,11 +13,14 @@ from PIL import Image, ImageOps
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from common.config import DEMO_BACKBONE, LoraConfig, PreparationConfig, TrainingFlags, parse
-from common.data import ImageSet, TaskData, load_task, prepare
+from common.cli.flags import DEMO_BACKBONE, LoraConfig, PreparationConfig, TrainingFlags
+from common.cli.parser import parse
+from common.data.prepare import prepare
+from common.data.sources import generator
+from common.data.tensors import ImageSet, TaskData, load_task
 from common.models import load_processor
 from common.tasks import TASKS
-from common.training import fit
+from common.training.loop import fit
 from tests.bench.measure import BF16, LIMIT, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
 
@@ -29,9 +32,9 @@ def prepared_task(settings: Settings, enlarge: bool = False) -> TaskData:
     if enlarge:
         source = settings.root / "enlarged"
         missing = [] if (settings.root / task.dataset_folder).exists() else range(count)  # kept from an earlier run
-        for label, number in itertools.product(range(len(task.demo_classes)), missing):
-            picture = Image.fromarray(task.render(label, np.random.default_rng([label, number]))).resize((320, 320))
-            path = source / task.demo_classes[label] / f"{number}.png"
+        for label, number in itertools.product(range(len(generator(task).CLASS_NAMES)), missing):
+            picture = Image.fromarray(generator(task).render(label, np.random.default_rng([label, number]))).resize((320, 320))
+            path = source / generator(task).CLASS_NAMES[label] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
         flags += [f"--{task.key}_source", str(source)]

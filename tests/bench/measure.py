@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from common.config import LoraConfig
+from common.cli.flags import LoraConfig
 from common.files import write_csv, writing
-from common.training import autocast
+from common.training.evaluate import autocast
 
 matplotlib.use("agg")
 

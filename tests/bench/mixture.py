@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from common.comparison import earlier_formulation
+from common.comparison.methods import earlier_formulation
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, experts, forward, images, lora, mixture, peft_lora, training_step, twin
 from tests.bench.xlora import XLora

@@ -5,9 +5,10 @@ import copy
 import torch
 from torch import nn
 
-from common import training
-from common.config import BenchmarkConfig, parse
-from common.data import ImageSet
+from common.cli.flags import BenchmarkConfig
+from common.cli.parser import parse
+from common.data.tensors import ImageSet
+from common.training import loop as training
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
 

@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from common.config import PreparationConfig, UserError, parse
-from common.data import prepare
-from common.results import resident_memory
+from common.cli.flags import PreparationConfig
+from common.cli.parser import parse
+from common.data.prepare import prepare
+from common.errors import UserError
+from common.results.folder import resident_memory
 from common.tasks import TASKS
 from tests.bench.measure import Settings
 from tests.bench.scripts import PROJECT

@@ -11,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from common.config import SCRIPTS, UserError
+from common.cli.flags import SCRIPTS
+from common.errors import UserError
 from tests.bench.measure import Settings
 from tests.bench.phases import PHASES
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitForImageClassification
 
-from common.config import DEMO_BACKBONE
-from common.layers import ATTENTION
+from common.cli.flags import DEMO_BACKBONE
 from common.models import LORA_TARGETS, add_lora, load_backbone
-from common.training import cross_entropy
+from common.training.kernels import ATTENTION
+from common.training.loop import cross_entropy
 from ContextGatedMOE import ContextGatedMOE, Expert
 from tests.bench.measure import Settings
 

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ContextGatedMOE import Expert
 
-
 # peft multiplies every adapter's output by both, one after the other: that costs time whatever they are.
 SCALE, GLOBAL_WEIGHT = 2.0, 1.0  # alpha / rank, which the experts here have in B; X-LoRA's own factor
 

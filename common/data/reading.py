@@ -11,9 +11,9 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from common.config import UserError
-from common.images import HASH_BYTES, DamagedImage, Encoded, read_image
-from common.sources import Source
+from common.data.images import HASH_BYTES, DamagedImage, Encoded, read_image
+from common.data.sources import Source
+from common.errors import UserError
 from common.tasks import Task
 
 CORES = os.cpu_count() or 1

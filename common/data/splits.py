@@ -4,8 +4,9 @@ import unicodedata
 
 import numpy as np
 
-from common.config import PreparationConfig, UserError
-from common.sources import Source
+from common.cli.flags import PreparationConfig
+from common.data.sources import Source
+from common.errors import UserError
 from common.tasks import Task
 
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from common import metrics
 from common.files import writing
-from common.processes import on_main
+from common.results import metrics
+from common.training.distributed import on_main
 
 matplotlib.use("agg")  # files only: works without a screen
 

@@ -6,26 +6,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from common import processes
-from common.checkpoint import Checkpoint
-from common.config import HardwareFlags, TrainingFlags, UserError
-from common.data import ImageSet
-from common.layers import keep_freed_memory
+from common.cli.flags import TrainingFlags
+from common.data.tensors import ImageSet
+from common.errors import UserError
+from common.training import distributed
+from common.training.augment import flip_and_shift, moves_of
+from common.training.checkpoint import Checkpoint
+from common.training.evaluate import autocast, device_of, evaluate, logits_of
+from common.training.kernels import keep_freed_memory
+from common.training.schedule import warmup_cosine
 
-EVALUATION_BATCH = 64
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -38,10 +40,6 @@ class Fit:
     images: int
 
 
-def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Logits (B, C) of an image classifier or of a plain head."""
-    output = model(inputs)
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,32 +48,8 @@ def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor, tasks: Tenso
     return F.cross_entropy(logits, labels, reduction="sum"), logits
 
 
-def device_of(config: HardwareFlags) -> torch.device:
-    """The device to compute on. Raises UserError if it does not exist."""
-    if processes.count() > 1:
-        if config.device not in ("auto", "cpu"):
-            raise UserError(f"--device {config.device} is one for several processes; leave it out or give --device cpu")
-        return PartialState().device
-    if config.device == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        probe = torch.zeros(1, device=config.device)
-        probe.item()  # a device without values, such as meta, is of no use
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {config.device} cannot be used here ({str(error).splitlines()[0]})") from error
 
 
-def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextManager:
-    """The precision of training on `device`: bf16 autocast, or nothing for fp32.
-
-    A CPU takes bf16 only where it multiplies it in hardware (AVX512-BF16 or AMX); elsewhere bf16 is emulated and slower.
-    """
-    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() if device.type == "cpu" else (
-        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    if config.precision == "bf16" or (config.precision == "auto" and in_hardware):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
 
 
 @dataclass
@@ -105,7 +79,7 @@ class _Training:
     at_once: int = field(init=False)
 
     def __post_init__(self) -> None:
-        whole_step = math.ceil(self.step_size / processes.count())  # this process's share of it
+        whole_step = math.ceil(self.step_size / distributed.count())  # this process's share of it
         self.at_once = whole_step if self.config.largest_batch else self.config.batch_size
 
     def __str__(self) -> str:
@@ -141,12 +115,12 @@ class _Training:
         share = warmup_cosine(round(self.config.warmup_epochs * self.steps), epochs * self.steps)(number)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * group["lr_share"] * share
-        seeds = np.random.SeedSequence([self.config.seed, self.epoch, self.step, processes.rank()])
+        seeds = np.random.SeedSequence([self.config.seed, self.epoch, self.step, distributed.rank()])
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
 
     def end_epoch(self, validation_loss: float, validation_accuracy: float) -> None:
         """Note the scores and, if this is the best epoch so far, the weights."""
-        total_loss, correct = processes.add_up([self.total_loss, self.correct])
+        total_loss, correct = distributed.add_up([self.total_loss, self.correct])
         self.rows.append({
             "epoch": self.epoch, "training_loss": total_loss.item() / self.images, "validation_loss": validation_loss,
             "training_accuracy": correct.item() / self.images, "validation_accuracy": validation_accuracy,
@@ -165,7 +139,7 @@ class _Training:
             tensors |= {f"weights.{key}": parameter for key, parameter in self.trainable.items()}
             tensors |= {f"optimizer.{index}.{key}": tensor for index, state in self.optimizer.state_dict()["state"].items()
                         for key, tensor in state.items()}
-            total_loss, correct = processes.add_up([self.total_loss, self.correct])
+            total_loss, correct = distributed.add_up([self.total_loss, self.correct])
             tensors |= {"generator": self.generator.get_state(), "total_loss": total_loss, "correct": correct}
         progress = {name: getattr(self, name) for name in ("epoch", "step", "rows", "lowest")}
         checkpoint.save(tensors, {**progress, "seconds": self.spent()})
@@ -187,7 +161,7 @@ class _Training:
             states.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
         self.generator.set_state(checkpoint.tensors["generator"])
-        if processes.rank() == 0:  # of all processes together
+        if distributed.rank() == 0:  # of all processes together
             self.total_loss.copy_(checkpoint.tensors["total_loss"])
             self.correct.copy_(checkpoint.tensors["correct"])
 
@@ -218,7 +192,7 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
                                   fused=device.type in ("cpu", "cuda"))
     training = _Training(name, config, trainable, optimizer, len(train), total_loss=torch.zeros((), device=device),
                          correct=torch.zeros((), dtype=torch.int64, device=device))
-    processes.same_as_main(trainable.values())
+    distributed.same_as_main(trainable.values())
     if checkpoint is not None and checkpoint.progress is not None:
         training.resume(checkpoint)
         print(f"{name}: trained already" if training.done else f"going on: {training}", flush=True)
@@ -313,7 +287,7 @@ def _backward(model: nn.Module, train: ImageSet, training: _Training, loss: Loss
     """Loss, cross-entropy and correct predictions, each summed over this process's share of a step's images, batch by batch."""
     device = train.labels.device
     step_loss, total_loss, correct = map(torch.zeros_like, (training.total_loss, training.total_loss, training.correct))
-    for part in torch.arange(len(rows)).tensor_split(processes.count())[processes.rank()].split(training.at_once):
+    for part in torch.arange(len(rows)).tensor_split(distributed.count())[distributed.rank()].split(training.at_once):
         batch = rows[part]
         inputs, labels, tasks = train.batch(batch), train.labels[batch], None if train.tasks is None else train.tasks[batch]
         if moves is not None:
@@ -336,7 +310,7 @@ def stopping(wait: bool) -> Iterator[Callable[[], None]]:
     asked: list[int] = []
 
     def stop_if_asked() -> None:
-        if processes.any_of(bool(asked)):
+        if distributed.any_of(bool(asked)):
             raise KeyboardInterrupt
 
     before = {}
@@ -352,39 +326,18 @@ def stopping(wait: bool) -> Iterator[Callable[[], None]]:
 
 def add_up_step(trainable: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
     """Add up a step's gradients, in place, and its loss over all processes; return the loss."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return loss
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    *gradients, loss = processes.add_up([*(parameter.grad for parameter in trainable), loss])
+    *gradients, loss = distributed.add_up([*(parameter.grad for parameter in trainable), loss])
     for parameter, gradient in zip(trainable, gradients, strict=True):
         parameter.grad.copy_(gradient)
     return loss
 
 
-def moves_of(step: Tensor, inputs: Tensor, generator: torch.Generator, config: TrainingFlags) -> Tensor | None:
-    """How each image of a step is moved (3, N): mirrored (1) or not (0), and by how much down and right, from 0.
-
-    None if the inputs are no images. Drawn for the whole step, so that all processes know of all images.
-    """
-    if inputs.ndim != 4:
-        return None
-    drawn = []
-    for batch in step.split(config.batch_size):
-        mirrored = torch.rand(1, len(batch), generator=generator) < 0.5
-        shifts = torch.randint(2 * (inputs.shape[2] // 8) + 1, (2, len(batch)), generator=generator)
-        drawn.append(torch.cat([mirrored.long(), shifts]))
-    return torch.cat(drawn, dim=1)
 
 
-def flip_and_shift(images: Tensor, moves: Tensor) -> Tensor:
-    """Mirror images (B, C, S, S) and shift each by up to an eighth of its size, edges repeated, as `moves` (3, B) tell."""
-    height, width = images.shape[2:]
-    mirrored, down, right = moves.to(images.device)[:, :, None]  # each (B, 1)
-    rows = (down - height // 8 + torch.arange(height, device=images.device)).clamp(0, height - 1)  # (B, H)
-    columns = (right - height // 8 + torch.arange(width, device=images.device)).clamp(0, width - 1)  # (B, W)
-    columns = torch.where(mirrored > 0, width - 1 - columns, columns)
-    return images.gather(2, rows[:, None, :, None].expand_as(images)).gather(3, columns[:, None, None].expand_as(images))
 
 
 class NotFiniteError(UserError):
@@ -397,64 +350,9 @@ def _check_finite(loss: float, where: str, config: TrainingFlags) -> None:
                              "--precision fp32")
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags,
-             after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, float]:
-    """Class probabilities (N, C) in order, and the mean loss, in evaluation mode and fp32.
-
-    after_batch: called after each forward pass, to look at what the model recorded. Several processes have a share of the
-    rows each (`processes.share`) and all return the whole.
-    """
-    device = device_of(config)
-    model.to(device).eval()
-    data = data.to(device)
-    total, probabilities = torch.zeros((), device=device), []
-    own, left = processes.share(len(data))
-    for rows in own.split(EVALUATION_BATCH):
-        logits = logits_of(model, data.batch(rows)).float()
-        counted = min(max(left, 0), len(rows))
-        total += F.cross_entropy(logits[:counted], data.labels[rows[:counted]], reduction="sum")
-        left -= len(rows)
-        probabilities.append(logits.softmax(1))
-        if after_batch is not None:
-            after_batch()
-    (total,) = processes.add_up([total])
-    return processes.gathered(torch.cat(probabilities), len(data)).cpu().numpy(), total.item() / len(data)
 
 
-@torch.no_grad()
-def features(model: nn.Module, data: ImageSet, config: HardwareFlags) -> ImageSet:
-    """What a BEiT classifier's head sees: pooled features (N, D), computed once, with the labels."""
-    device = device_of(config)
-    model.to(device).eval()
-    data = data.to(device)
-    own, _ = processes.share(len(data))
-    pooled = [model.beit(data.batch(rows)).pooler_output for rows in own.split(EVALUATION_BATCH)]
-    return ImageSet(processes.gathered(torch.cat(pooled), len(data)), data.labels)
 
 
-def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
-    """Share of the peak rate at each step: linear up over `warmup` steps, then half a cosine down towards zero."""
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    return share
 
 
-def layer_decay_groups(model: nn.Module, decay: float) -> list[dict]:
-    """Parameter groups of a BEiT classifier in which every block learns at `decay` times the rate of the block above.
-
-    The head has the full rate, the embeddings the least (Bao et al. 2022; Clark et al. 2020, ELECTRA).
-    """
-    depth = model.config.num_hidden_layers
-    groups: dict[float, list[nn.Parameter]] = {}
-    for key, parameter in model.named_parameters():
-        if key.startswith("beit.layers."):
-            level = depth - int(key.split(".")[2])
-        else:
-            level = depth + 1 if key.startswith("beit.embeddings") else 0
-        groups.setdefault(decay**level, []).append(parameter)
-    return [{"params": parameters, "lr_share": share} for share, parameters in groups.items()]

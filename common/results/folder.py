@@ -14,14 +14,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from common import models, plotting, processes
-from common.checkpoint import Checkpoint
-from common.config import RunFlags, UserError
-from common.data import TaskData
-from common.files import changes, differences, locked, read_json, remove, sweep, versions, write_csv, write_json, writing
-from common.metrics import predictions_table, scores
+from common import models
+from common.cli.flags import RunFlags
+from common.data.tensors import TaskData
+from common.errors import UserError
+from common.files import locked, read_json, remove, sweep, write_csv, write_json, writing
+from common.provenance import changes, differences, versions
+from common.results import plotting
+from common.results.metrics import predictions_table, scores
 from common.tasks import TASKS
-from common.training import Fit
+from common.training import distributed
+from common.training.checkpoint import Checkpoint
+from common.training.loop import Fit
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.csv"
@@ -51,7 +55,7 @@ class Results:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None and processes.rank() == 0:
+        if error is None and distributed.rank() == 0:
             remove(self.folder / CHECKPOINTS)
         self._held.close()
 
@@ -64,9 +68,9 @@ class Results:
         not given.
         """
         self.made_from = self._made_from(tasks, starts)
-        return processes.any_of(bool(self._finished(starts)))
+        return distributed.any_of(bool(self._finished(starts)))
 
-    @processes.on_main
+    @distributed.on_main
     def _finished(self, starts: dict[str, dict[str, str | None]]) -> bool:
         path, summary = self.folder / CONFIG_FILE, self.top / SUMMARY_FILE
         if summary.exists():
@@ -109,7 +113,12 @@ class Results:
         """The title of a plot; those made from generated images say so."""
         return f"{text} (demo)" if self.config.demo else text
 
-    @processes.on_main
+    @distributed.on_main
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table into the folder."""
+        write_csv(self.folder / name, table)
+
+    @distributed.on_main
     def write_test(self, data: TaskData, probabilities: np.ndarray, name: str, title: str, fitted: Fit | None = None,
                    trainable: int = 0, gates: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
         """Write predictions and confusion matrix of one task's test split; return its row of the summary.
@@ -123,14 +132,14 @@ class Results:
         )
         return self.row(data, table, fitted, trainable)
 
-    @processes.on_main
+    @distributed.on_main
     def write_history(self, history: pd.DataFrame, name: str, title: str) -> None:
         """Write the epochs of a training as a table, a loss graph and an accuracy graph."""
         write_csv(self.folder / f"{name}_History.csv", history)
         plotting.curves(self.folder / f"{name}_Losses.png", history, "loss", self.title(title))
         plotting.curves(self.folder / f"{name}_Accuracies.png", history, "accuracy", self.title(title))
 
-    @processes.on_main
+    @distributed.on_main
     def row(self, data: TaskData, table: pd.DataFrame, fitted: Fit | None = None, trainable: int = 0) -> dict[str, Any]:
         """One line of the summary from a table of predictions; time and speed are those of training."""
         return {
@@ -140,7 +149,7 @@ class Results:
             "images_per_second": fitted.images / fitted.seconds if fitted else 0.0, "peak_memory_mib": peak_memory(),
         }
 
-    @processes.on_main
+    @distributed.on_main
     def link(self, name: str) -> None:
         """Make `Results/<name>` another name of this folder: a relative link. Raises UserError if a folder is there."""
         other = self.top / name
@@ -153,9 +162,9 @@ class Results:
     def finish(self, rows: list[dict[str, Any]]) -> None:
         """Put this script's rows into the summary, mark the results as finished and print them."""
         self._finish(rows)
-        processes.any_of(False)  # the others wait until all is there
+        distributed.any_of(False)  # the others wait until all is there
 
-    @processes.on_main
+    @distributed.on_main
     def _finish(self, rows: list[dict[str, Any]]) -> None:
         path = self.top / SUMMARY_FILE
         table = pd.DataFrame(rows)

@@ -1,29 +1,19 @@
 """Settings: one dataclass per script over shared groups of flags, the command line, and one-line errors."""
 
 import dataclasses
-import os
 import re
-import signal
-import sys
-import traceback
-from argparse import ArgumentDefaultsHelpFormatter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal
 
-from safetensors import SafetensorError
-from transformers import HfArgumentParser
-
-from common import processes
+from common.errors import UserError
+from common.files import is_unicode
 from common.tasks import TASKS
 
 DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
 HIGHEST = 2**32 - 1  # of any number: what every generator of random numbers takes as a seed
 
 
-class UserError(Exception):
-    """Something the user can mend; the message is one line that says what is wrong and how to mend it."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -31,9 +21,6 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def is_unicode(text: str) -> bool:
-    """False for the name of a file or a folder that holds bytes that are no UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass
@@ -236,87 +223,13 @@ SCRIPTS: dict[str, type] = {
     "CGM_Lora": MixtureConfig,
 }
 
-Config = TypeVar("Config", bound=RunFlags)
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that reports a bad flag in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def parse(config_class: type[Config], argv: list[str] | None = None, description: str | None = None) -> Config:
-    """Read the command line into `config_class`.
-
-    Raises SystemExit(2) on a flag that cannot be read, UserError on a value that makes no sense.
-    """
-    parser = _Parser(
-        _flag_groups(config_class), description=description, allow_abbrev=False,
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    demo_defaults = _demo_defaults(config_class)
-    for action in parser._actions:
-        if action.dest in demo_defaults:
-            value = demo_defaults[action.dest]
-            action.help += f"; with --demo {os.path.relpath(value) if os.path.isabs(str(value)) else value}"
-    if parser.parse_args(argv).demo:
-        parser.set_defaults(**demo_defaults)
-    return config_class(**vars(parser.parse_args(argv)))
 
 
-def _flag_groups(config_class: type[Config]) -> list[type]:
-    """One dataclass per group of flags, each field in the group that first declares it, with its final default."""
-    final = {f.name: f for f in dataclasses.fields(config_class)}
-    groups: dict[str, list] = {}
-    for base in reversed(config_class.__mro__):
-        for name in vars(base).get("__annotations__", {}):
-            if name in final:
-                old = final.pop(name)
-                factory = old.default_factory is not dataclasses.MISSING
-                default = {"default_factory": old.default_factory} if factory else {"default": old.default}
-                entry = (name, old.type, field(**default, metadata=old.metadata))
-                groups.setdefault(base._argument_group_name, []).append(entry)
-    return [
-        dataclasses.make_dataclass("Flags", fields, namespace={"_argument_group_name": name})
-        for name, fields in groups.items()
-    ]
 
 
-def _demo_defaults(config_class: type[Config]) -> dict[str, Any]:
-    """The values `--demo` puts in place of the defaults, those of the script over those of its groups."""
-    return {
-        name: value for base in reversed(config_class.__mro__) for name, value in vars(base).get("demo_defaults", {}).items()
-    }
 
 
-def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
-    """Run a script's `main` with its command line; what the user can mend becomes one line and exit status 2."""
-    script, again = Path(sys.argv[0]).name, "the same command"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    processes.hush()
-    status = 2
-    try:
-        config = parse(config_class, description=sys.modules["__main__"].__doc__)
-        if config.overwrite:
-            again += " without --overwrite"
-        processes.join(getattr(config, "device", "cpu"))
-        main(config)
-    except UserError as error:
-        reason = str(error)
-    except (OSError, SafetensorError) as error:  # no permission, no space, for which safetensors has a name of its own
-        place, what = getattr(error, "filename", None), getattr(error, "strerror", None)
-        reason = f"{place or 'input/output'}: {what or error}; mend it or choose another --root, then run {again}"
-    except KeyboardInterrupt as interrupt:
-        reason, status = f"interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on", 130
-    except Exception as error:
-        if processes.launched()[1] == 1:
-            raise
-        if not processes.lost(error):  # a fault of the code's: all of it is told, once
-            processes.end(traceback.format_exc(), 1)
-        reason = f"another process has ended; run {again} to go on"
-    else:
-        processes.part()
-        sys.exit(0)
-    line = f"{script}: {' '.join(reason.split())}"
-    processes.end(line.encode(errors="backslashreplace").decode(), status)  # in a path: bytes that are no UTF-8

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.config import UserError
-from common.files import changes, tensor_fingerprint, writing
-from common.processes import on_main
+from common.errors import UserError
+from common.files import writing
+from common.provenance import changes, tensor_fingerprint
+from common.training.distributed import on_main
 
 FORMAT = 1
 

@@ -9,8 +9,10 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 
-from common.config import RunFlags, UserError
-from common.files import command, read_json
+from common.cli.flags import RunFlags
+from common.errors import UserError
+from common.files import read_json
+from common.provenance import command
 from common.tasks import Task
 
 MANIFEST_FILE = "manifest.json"

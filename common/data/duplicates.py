@@ -6,7 +6,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from common.images import HASH_BYTES
+from common.data.images import HASH_BYTES
 
 COLOUR_BYTES = 3
 # Measured on 1,000 images of each demo task: the nearest two different images differ in 63 of 256 bits, and 99 of 100 images

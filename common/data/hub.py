@@ -18,10 +18,10 @@ from huggingface_hub import HfFileSystem, cached_assets_path
 from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
-from common.config import UserError
+from common.data.images import Encoded
+from common.data.sources import Source, parquet_source
+from common.errors import UserError
 from common.files import locked, remove, writing
-from common.images import Encoded
-from common.sources import Source, parquet_source
 from common.tasks import Task
 
 SPLIT = "train"

@@ -1,40 +1,29 @@
-"""Images: from their sources to a prepared dataset on disk, and from there to tensors in memory."""
+"""Prepared images as tensors for a backbone, resized once and kept beside the data."""
 
 import hashlib
 import json
-import logging
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
-from datasets import disable_progress_bars
 from PIL import Image as PILImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
-from common import duplicates
-from common.config import PreparationConfig, RunFlags, UserError
-from common.files import command, locked, sweep, tensor_fingerprint, tidy, write_json, writing
-from common.hub import hub_source
-from common.prepared import MANIFEST_FILE, Row, fingerprint, read_manifest, read_split, write_splits
-from common.reading import CORES, Images, in_order, read_images
-from common.sources import Source, demo_source, local_source
-from common.splits import FEWEST, SPLITS, choose, grouped_split, random_split
+from common.cli.flags import RunFlags
+from common.data.reading import CORES, in_order
+from common.data.splits import SPLITS
+from common.data.store import Row, fingerprint, read_manifest, read_split
+from common.errors import UserError
+from common.files import locked, sweep, writing
+from common.provenance import command, tensor_fingerprint
 from common.tasks import Task
-
-GENERATED = "generated"  # the source of the demo's images
-
-for library in ("datasets", "huggingface_hub"):  # what they try again is no news; what fails is told here, in one line
-    logging.getLogger(library).setLevel(logging.CRITICAL)
-disable_progress_bars()
 
 
 @dataclass
@@ -82,82 +71,6 @@ class TaskData:
     fingerprint: str
     preprocessing: str
     near_duplicates_in_test: int
-
-
-def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
-    """Make the folder of prepared data of one task, unless it is there already; return its manifest.
-
-    Raises UserError if the source cannot be had or used, the folder holds data made with other settings, or another run is
-    at work in the root folder.
-    """
-    folder = Path(config.root) / task.dataset_folder
-    wanted = {
-        "demo": config.demo, "source": _source_name(task, config), "seed": config.seed, "split": config.split,
-        "images_per_class": config.images_per_class, "requested_classes": getattr(config, f"{task.key}_classes"),
-    }
-    with locked(folder.parent):
-        tidy(folder)
-        if (folder / MANIFEST_FILE).exists() and not config.overwrite:
-            manifest = read_manifest(task, config)
-            for key, value in wanted.items():
-                if manifest.get(key) != value:
-                    raise UserError(f"{folder} was made with {key} = {manifest.get(key)}, not {value}; add --overwrite to "
-                                    "make it anew, or choose another --root")
-            return manifest
-        if folder.exists() and not config.overwrite:
-            raise UserError(f"{folder} exists, but Data_Preparation.py did not make it; add --overwrite to replace it, or "
-                            "choose another --root")
-        source = _source(task, config)
-        classes, rows, labels = choose(source, task, config)
-        source.fetch(rows)
-        with writing(folder) as part:
-            part.mkdir()
-            with tempfile.TemporaryFile(dir=part) as file:
-                images = read_images(source, rows, file, task, config.skip_damaged)
-                manifest = {**wanted, **_write(part, images, labels, classes, config)}
-            write_json(part / MANIFEST_FILE, manifest)
-    return manifest
-
-
-def _source_name(task: Task, config: PreparationConfig) -> str:
-    local = getattr(config, f"{task.key}_source")
-    return str(Path(local).resolve()) if local else GENERATED if config.demo else task.hub_id
-
-
-def _source(task: Task, config: PreparationConfig) -> Source:
-    if local := getattr(config, f"{task.key}_source"):
-        return local_source(Path(local), task)
-    if not config.demo:
-        return hub_source(task)
-    if config.images_per_class == "all":
-        raise UserError("--images_per_class all needs a source with an end; --demo can generate any number, say how many")
-    return demo_source(task, config.seed, int(config.images_per_class))
-
-
-def _write(
-        folder: Path, images: Images, labels: np.ndarray, classes: list[str], config: PreparationConfig) -> dict[str, Any]:
-    """Split the images and write them; return what the manifest tells of them. labels: (N,), of the damaged ones too."""
-    kept = np.flatnonzero(images.kept)
-    for label, name in enumerate(classes):
-        if (count := (labels[kept] == label).sum()) < FEWEST:
-            raise UserError(f"class {name!r} has only {count} images that are not damaged; choose other classes or more "
-                            "images")
-    if config.split == "grouped":
-        splits = grouped_split(labels[kept], duplicates.groups(images.hashes[kept]), config.seed, classes)
-    else:
-        splits = random_split(labels[kept], config.seed)
-    splits = {name: kept[places] for name, places in splits.items()}
-    digest = fingerprint({name: [(images.digests[i], int(labels[i])) for i in places] for name, places in splits.items()})
-    rows = {name: zip(images.contents(places), labels[places].tolist(), strict=True) for name, places in splits.items()}
-    write_splits(folder, rows, classes, digest)
-    near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
-    return {
-        "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
-        "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
-    }
-
-
-# ---- tensors ----
 
 
 def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> TaskData:

@@ -1,5 +1,6 @@
 """Where images come from: generated ones, folders, zips, Parquet, saved datasets. All are read label first, images later."""
 
+import importlib
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_dat
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 
-from common.config import UserError, is_unicode
-from common.images import IMAGE_FILES, Encoded, ImageFile, png
+from common.data.images import IMAGE_FILES, Encoded, ImageFile, png
+from common.errors import UserError
+from common.files import is_unicode
 from common.tasks import Task
 
 NESTING = 3  # folders within folders that are searched for those of the classes
@@ -74,14 +77,20 @@ def local_source(source: Path, task: Task) -> Source:
 
 def demo_source(task: Task, seed: int, per_class: int) -> Source:
     """Generate the demo's images, the same for the same seed, on all cores."""
-    labels = np.repeat(np.arange(len(task.demo_classes)), per_class)
+    classes = generator(task).CLASS_NAMES
+    labels = np.repeat(np.arange(len(classes)), per_class)
 
     def read(rows: np.ndarray) -> Iterator[bytes]:
         jobs = [(task, seed, int(labels[row]), int(row) % per_class) for row in rows]
         with ProcessPoolExecutor(initializer=_serve, initargs=(os.getpid(),)) as pool:
             yield from pool.map(_demo_image, jobs, chunksize=16)
 
-    return Source(list(task.demo_classes), labels, np.zeros_like(labels), read)
+    return Source(list(classes), labels, np.zeros_like(labels), read)
+
+
+def generator(task: Task) -> ModuleType:
+    """The module that generates a task's images."""
+    return importlib.import_module(f"common.demo.{task.demo}")
 
 
 def _serve(parent: int) -> None:
@@ -99,7 +108,7 @@ def _serve(parent: int) -> None:
 def _demo_image(job: tuple[Task, int, int, int]) -> bytes:
     task, seed, label, index = job
     rng = np.random.default_rng([zlib.crc32(task.key.encode()), seed, label, index])
-    return png(PILImage.fromarray(task.render(label, rng)))
+    return png(PILImage.fromarray(generator(task).render(label, rng)))
 
 
 # ---- folders and zips ----

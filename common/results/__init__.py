@@ -1,0 +1,1 @@
+"""What lands in Results/: tables, pictures, the summary."""

@@ -1,0 +1,87 @@
+"""The one evaluation that every script uses, the device it runs on, and features computed once."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from common.cli.flags import HardwareFlags
+from common.data.tensors import ImageSet
+from common.errors import UserError
+from common.training import distributed
+
+EVALUATION_BATCH = 64
+
+
+def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits (B, C) of an image classifier or of a plain head."""
+    output = model(inputs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def device_of(config: HardwareFlags) -> torch.device:
+    """The device to compute on. Raises UserError if it does not exist."""
+    if distributed.count() > 1:
+        if config.device not in ("auto", "cpu"):
+            raise UserError(f"--device {config.device} is one for several processes; leave it out or give --device cpu")
+        return PartialState().device
+    if config.device == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        probe = torch.zeros(1, device=config.device)
+        probe.item()  # a device without values, such as meta, is of no use
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {config.device} cannot be used here ({str(error).splitlines()[0]})") from error
+
+
+def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextManager:
+    """The precision of training on `device`: bf16 autocast, or nothing for fp32.
+
+    A CPU takes bf16 only where it multiplies it in hardware (AVX512-BF16 or AMX); elsewhere bf16 is emulated and slower.
+    """
+    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() if device.type == "cpu" else (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    if config.precision == "bf16" or (config.precision == "auto" and in_hardware):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags,
+             after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, float]:
+    """Class probabilities (N, C) in order, and the mean loss, in evaluation mode and fp32.
+
+    after_batch: called after each forward pass, to look at what the model recorded. Several processes have a share of the
+    rows each (`distributed.share`) and all return the whole.
+    """
+    device = device_of(config)
+    model.to(device).eval()
+    data = data.to(device)
+    total, probabilities = torch.zeros((), device=device), []
+    own, left = distributed.share(len(data))
+    for rows in own.split(EVALUATION_BATCH):
+        logits = logits_of(model, data.batch(rows)).float()
+        counted = min(max(left, 0), len(rows))
+        total += F.cross_entropy(logits[:counted], data.labels[rows[:counted]], reduction="sum")
+        left -= len(rows)
+        probabilities.append(logits.softmax(1))
+        if after_batch is not None:
+            after_batch()
+    (total,) = distributed.add_up([total])
+    return distributed.gathered(torch.cat(probabilities), len(data)).cpu().numpy(), total.item() / len(data)
+
+
+@torch.no_grad()
+def features(model: nn.Module, data: ImageSet, config: HardwareFlags) -> ImageSet:
+    """What a BEiT classifier's head sees: pooled features (N, D), computed once, with the labels."""
+    device = device_of(config)
+    model.to(device).eval()
+    data = data.to(device)
+    own, _ = distributed.share(len(data))
+    pooled = [model.beit(data.batch(rows)).pooler_output for rows in own.split(EVALUATION_BATCH)]
+    return ImageSet(distributed.gathered(torch.cat(pooled), len(data)), data.labels)
