@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line that says what is wrong and how to mend it."""
+    """Something the user can fix; the message is one line that says what is wrong and how to fix it."""

@@ -125,14 +125,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")  # in a path: bytes that are no UTF-8
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """Read a JSON object that this project wrote. Raises UserError, ending with `mend`, if it is not one."""
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Read a JSON object that this project wrote. Raises UserError, ending with `fix`, if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read; {mend}") from error
+        raise UserError(f"{path} cannot be read; {fix}") from error
     if not isinstance(content, dict) or content.pop(CHECKSUM, None) != _checksum(content):
-        raise UserError(f"{path} was changed or damaged; {mend}")
+        raise UserError(f"{path} was changed or damaged; {fix}")
     return content
 
 

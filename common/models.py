@@ -120,23 +120,23 @@ def lora_folder(config: RunFlags, task: Task) -> Path:
 def check_model(folder: Path, data: TaskData, script: str, config: RunFlags, backbone: str) -> dict[str, Any]:
     """Return what the model in `folder` was made from. backbone: fingerprint of the weights of `config.model`.
 
-    Raises UserError, with the command that mends it, if the model is missing or damaged, or was made from other images
+    Raises UserError, with the command that fixes it, if the model is missing or damaged, or was made from other images
     or on another backbone.
     """
-    mend = f"run {command(script, config)}"
+    fix = f"run {command(script, config)}"
     if not (recover(folder) / PROVENANCE_FILE).exists():
-        raise UserError(f"there is no model in {folder}; {mend}")
-    made_from = read_json(folder / PROVENANCE_FILE, f"{mend} --overwrite")
+        raise UserError(f"there is no model in {folder}; {fix}")
+    made_from = read_json(folder / PROVENANCE_FILE, f"{fix} --overwrite")
     if made_from.get("data") != data.fingerprint:
-        raise UserError(f"{folder} was made from other images than {data.task.dataset_folder} holds now; {mend} --overwrite")
+        raise UserError(f"{folder} was made from other images than {data.task.dataset_folder} holds now; {fix} --overwrite")
     if made_from.get("backbone") != backbone:
         model = made_from.get("model")
-        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; {mend} --overwrite" + (
+        raise UserError(f"{folder} was made on other backbone weights than {config.model} has now; {fix} --overwrite" + (
             f", or give --model {model}, on which it was made" if model != config.model else ""))
     if made_from.get("preprocessing") != data.preprocessing:
-        raise UserError(f"{folder} was made with another image processor than {config.model} has now; {mend} --overwrite")
+        raise UserError(f"{folder} was made with another image processor than {config.model} has now; {fix} --overwrite")
     for damage in differences({"files": made_from.get("files")}, {"files": file_hashes(folder)}):
-        raise UserError(f"{folder} was changed or damaged ({damage.partition(' = ')[0]}); {mend} --overwrite")
+        raise UserError(f"{folder} was changed or damaged ({damage.partition(' = ')[0]}); {fix} --overwrite")
     return made_from
 
 

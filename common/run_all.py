@@ -27,7 +27,7 @@ def main(config: RunAllConfig) -> None:
         seconds[script] = time.perf_counter() - started
         if status:
             again = "the same command without --overwrite" if config.overwrite else "the same command"
-            raise UserError(f"{script}.py ended with status {status}; run {again} to go on once that is mended")
+            raise UserError(f"{script}.py ended with status {status}; run {again} to go on once that is fixed")
     print("\n== Summary ==")
     print_summary(config.root)
     spent = [f"{script} {time_taken:.0f} s" for script, time_taken in seconds.items()]

@@ -188,7 +188,7 @@ def test_by_default_a_checkpoint_is_written_at_the_end_of_every_epoch(monkeypatc
 
 
 def test_a_checkpoint_is_no_longer_there_after_a_loss_that_is_not_finite(kept):
-    """Whatever mends it changes the settings, and then there is nothing to go on with."""
+    """Whatever fixes it changes the settings, and then there is nothing to go on with."""
     broken = examples(16)
     broken.inputs[3, 0] = float("inf")
     trained(settings(), checkpoint=kept())
@@ -346,9 +346,9 @@ def test_damaged_json_is_refused_in_one_line_that_tells_the_way_out(tmp_path, co
     for spoilt in damaged(path.read_bytes()):
         path.write_bytes(spoilt)
         try:
-            assert read_json(path, "mend it so") == content  # a blank
+            assert read_json(path, "do this") == content  # a blank
         except UserError as error:
-            assert "config.json" in str(error) and str(error).endswith("; mend it so") and "\n" not in str(error)
+            assert "config.json" in str(error) and str(error).endswith("; do this") and "\n" not in str(error)
 
 
 def test_a_damaged_summary_is_refused_in_one_line_that_tells_the_way_out(mutable, tasks):

@@ -160,9 +160,9 @@ def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp
     strange = cache.read_bytes()
     config, processor = parse(PreparationConfig, ["--root", str(tmp_path)]), models.load_processor(backbone)
     first = load_task(FIRE, config, processor)
-    mended = cache.read_bytes()
+    rebuilt = cache.read_bytes()
     cache.unlink()
-    assert same(load_task(FIRE, config, processor), first) and cache.read_bytes() == mended != strange
+    assert same(load_task(FIRE, config, processor), first) and cache.read_bytes() == rebuilt != strange
 
 
 # ---- choosing and reading ----

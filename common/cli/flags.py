@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.files import is_unicode
 from common.tasks import TASKS
 
-DEMO_BACKBONE = Path(__file__).parent / "demo" / "backbone"
+DEMO_BACKBONE = Path(__file__).parents[1] / "demo" / "backbone"
 HIGHEST = 2**32 - 1  # of any number: what every generator of random numbers takes as a seed
 
 

@@ -15,7 +15,7 @@ from common.training import distributed
 
 
 def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
-    """Run a script's `main` with its command line; what the user can mend becomes one line and exit status 2."""
+    """Run a script's `main` with its command line; what the user can fix becomes one line and exit status 2."""
     script, again = Path(sys.argv[0]).name, "the same command"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     distributed.hush()
@@ -30,7 +30,7 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
         reason = str(error)
     except (OSError, SafetensorError) as error:  # no permission, no space, for which safetensors has a name of its own
         place, what = getattr(error, "filename", None), getattr(error, "strerror", None)
-        reason = f"{place or 'input/output'}: {what or error}; mend it or choose another --root, then run {again}"
+        reason = f"{place or 'input/output'}: {what or error}; fix it or choose another --root, then run {again}"
     except KeyboardInterrupt as interrupt:
         reason, status = f"interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on", 130
     except Exception as error:

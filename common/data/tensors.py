@@ -111,10 +111,10 @@ def _checksum(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str
     return f"{manifest['fingerprint']} {tensor_fingerprint(tensors)}"
 
 
-def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcessor, mend: str) -> dict[str, torch.Tensor]:
+def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcessor, fix: str) -> dict[str, torch.Tensor]:
     """Images (N, 3, S, S) uint8 and labels (N,) of every split, resized on all cores.
 
-    Raises UserError, ending with `mend`, if they are not those of the manifest.
+    Raises UserError, ending with `fix`, if they are not those of the manifest.
     """
     def resized(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
         images = [_decoded(content) for content, _ in rows]
@@ -138,7 +138,7 @@ def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcess
         if fingerprint(found) != manifest["fingerprint"]:
             raise ValueError("its images are not those of its manifest")
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, pa.ArrowException) as error:
-        raise UserError(f"{folder} is damaged ({error}); {mend}") from error
+        raise UserError(f"{folder} is damaged ({error}); {fix}") from error
     return tensors
 
 

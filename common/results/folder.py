@@ -82,12 +82,12 @@ class Results:
             remove(self.folder / CHECKPOINTS)
         if not path.exists():
             return False
-        mend = "add --overwrite to make them anew, or choose another --root"
-        there = read_json(path, mend)
+        fix = "add --overwrite to make them anew, or choose another --root"
+        there = read_json(path, fix)
         unknown = {kind: there.get(kind) for kind, by_task in starts.items() if None in by_task.values()}
         wanted = {**self.made_from, "packages": there.get("packages"), **unknown}
         for difference in changes(there, wanted):
-            raise UserError(f"{self.folder} holds finished results with {difference}; {mend}")
+            raise UserError(f"{self.folder} holds finished results with {difference}; {fix}")
         self._print()
         for difference in differences({"packages": there.get("packages")}, {"packages": versions()}):
             print(f"They were made with {difference}")

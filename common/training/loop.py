@@ -222,10 +222,10 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
-        mend = "add" if config.largest_batch else (
+        fix = "add" if config.largest_batch else (
             f"add --largest_batch, halve --batch_size (now {config.batch_size}) and double --accumulation_steps (now "
             f"{config.accumulation_steps}), or add")
-        raise UserError(f"{training}: out of memory; {mend} --gradient_checkpointing") from error
+        raise UserError(f"{training}: out of memory; {fix} --gradient_checkpointing") from error
     with torch.no_grad():
         for key, parameter in trainable.items():
             parameter.copy_(training.best[key])
