@@ -14,7 +14,14 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, BeitConfig, BeitForImageClassification, BeitImageProcessorPil, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    BeitConfig,
+    BeitForImageClassification,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from common.cli.flags import RunFlags
@@ -34,10 +41,10 @@ logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by an old name
 
 
-def load_processor(name: str) -> BeitImageProcessorPil:
+def load_processor(name: str) -> BaseImageProcessor:
     """The image processor that belongs to a backbone, in its PIL version. Raises UserError if it cannot be had."""
     try:
-        return BeitImageProcessorPil.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, HTTPError) as error:
         raise UserError(_cannot_load(name, error)) from error
 
@@ -166,7 +173,7 @@ def check_expert(config: RunFlags, data: TaskData, backbone: str) -> None:
 
 
 @on_main
-def save(folder: Path, model: Any, processor: BeitImageProcessorPil, made_from: dict[str, Any]) -> None:
+def save(folder: Path, model: Any, processor: BaseImageProcessor, made_from: dict[str, Any]) -> None:
     """Write a model with its image processor and provenance in place of what is in `folder`, whole or not at all."""
     model.to("cpu")
     with writing(folder) as part:
