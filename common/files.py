@@ -140,10 +140,10 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_csv(path: Path, table: "pd.DataFrame") -> None:
-    """Write a table without its index, numbers with six decimals."""
+def write_csv(path: Path, table: "pd.DataFrame", float_format: str = "%.6f") -> None:
+    """Write a table without its index, numbers with six decimals unless `float_format` says otherwise."""
     with writing(path) as part:
-        table.to_csv(part, index=False, float_format="%.6f", lineterminator="\n", encoding="utf-8")
+        table.to_csv(part, index=False, float_format=float_format, lineterminator="\n", encoding="utf-8")
 
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.cli.flags import SCRIPTS, RunAllConfig
 from common.cli.run import run
 from common.errors import UserError
-from common.results.folder import print_summary
+from common.results.summary import print_summary
 from common.training import distributed
 
 

@@ -2,17 +2,13 @@
 
 import dataclasses
 import os
-import resource
-import sys
-import zlib
+from collections.abc import Sequence
 from contextlib import ExitStack
-from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from common import models
 from common.cli.flags import RunFlags
@@ -21,16 +17,24 @@ from common.errors import UserError
 from common.files import locked, read_json, remove, sweep, write_csv, write_json, writing
 from common.provenance import changes, differences, versions
 from common.results import plotting
-from common.results.metrics import predictions_table, scores
+from common.results.memory import PeakMemory
+from common.results.metrics import (
+    JointPredictions,
+    confusion,
+    joint_confusion,
+    joint_table,
+    predictions_table,
+    scores,
+    told_scores,
+)
+from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
 from common.tasks import TASKS
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.loop import Fit
 
 CONFIG_FILE = "config.json"
-SUMMARY_FILE = "summary.csv"
 CHECKPOINTS = "Checkpoints"
-CHECKSUM = "checksum"  # the summary's last column
 # Settings that say where and how to run: results made with other values of these are the same results.
 NOT_COMPARED = {
     "root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
@@ -50,6 +54,7 @@ class Results:
         self.folder = self.top / name
         self.made_from: dict[str, Any] = {}
         self._held = ExitStack()
+        self._memory = PeakMemory()
 
     def __enter__(self) -> "Results":
         return self
@@ -67,6 +72,7 @@ class Results:
         in the folder, or, naming the difference, if it holds finished results of something else and `--overwrite` was
         not given.
         """
+        self._memory.restart()
         self.made_from = self._made_from(tasks, starts)
         return distributed.any_of(bool(self._finished(starts)))
 
@@ -74,7 +80,7 @@ class Results:
     def _finished(self, starts: dict[str, dict[str, str | None]]) -> bool:
         path, summary = self.folder / CONFIG_FILE, self.top / SUMMARY_FILE
         if summary.exists():
-            _read_summary(summary)  # a damaged one is to be known before the work, not after it
+            read_summary(summary)  # a damaged one is to be known before the work, not after it
         self._held.enter_context(locked(self.folder))
         sweep(self.folder)
         if self.config.overwrite:
@@ -127,10 +133,40 @@ class Results:
         """
         table = predictions_table(probabilities, data.test.labels.numpy(), data.classes, gates)
         write_csv(self.folder / f"{name}.csv", table)
-        plotting.confusion_matrix(
-            self.folder / f"{name}_Confusion_Matrix.png", table, data.classes, self.title(f"{title}, {data.task.name}")
-        )
-        return self.row(data, table, fitted, trainable)
+        row = self.row(data, table, fitted, trainable)
+        self._draw_confusion(name, f"{title}, {plotting.shown(data.task.name)}", *confusion(table, data.classes), data.classes,
+                             row["accuracy"])
+        return row
+
+    @distributed.on_main
+    def write_joint_test(self, tasks: list[TaskData], predictions: list[JointPredictions], name: str, title: str,
+                         fitted: Fit | None = None, trainable: int = 0) -> list[dict[str, Any]]:
+        """Write predictions and confusion matrix of every task's test split, and the matrix of all tasks together.
+
+        predictions: of each task's test images, in the order of `tasks`. Returns a row of the summary for each task; seconds
+        and speed, which are of one training for all, are in the first.
+        """
+        tables, rows = {}, []
+        for data, said in zip(tasks, predictions, strict=True):
+            key = data.task.key
+            tables[key] = joint_table(said, data)
+            write_csv(self.folder / f"{name}_{data.task.title}.csv", tables[key], float_format="%.6g")
+            rows.append(self.row(data, tables[key], fitted, trainable, joint=True))
+            counts, columns = confusion(tables[key], data.classes, key)
+            self._draw_confusion(f"{name}_{data.task.title}", f"{title}, {plotting.shown(data.task.name)}", counts, columns,
+                                 data.classes, rows[-1]["accuracy"])
+            fitted = None
+        labels = predictions[0].labels
+        counts, names, columns = joint_confusion(tables, labels)
+        borders = [index for index in range(1, len(labels)) if labels[index][0] != labels[index - 1][0]]
+        right = sum(row["accuracy"] * len(tables[data.task.key]) for row, data in zip(rows, tasks, strict=True))
+        self._draw_confusion(name, f"{title}, all tasks", counts, columns, names, right / counts.sum(), borders)
+        return rows
+
+    def _draw_confusion(self, name: str, title: str, counts: np.ndarray, columns: list[str], rows: list[str],
+                        accuracy: float, borders: Sequence[int] = ()) -> None:
+        title = f"{self.title(title)}\naccuracy {accuracy:.1%} of {counts.sum()} test images"
+        plotting.confusion_matrix(self.folder / f"{name}_Confusion_Matrix.png", counts, rows, columns, title, borders)
 
     @distributed.on_main
     def write_history(self, history: pd.DataFrame, name: str, title: str) -> None:
@@ -140,13 +176,22 @@ class Results:
         plotting.curves(self.folder / f"{name}_Accuracies.png", history, "accuracy", self.title(title))
 
     @distributed.on_main
-    def row(self, data: TaskData, table: pd.DataFrame, fitted: Fit | None = None, trainable: int = 0) -> dict[str, Any]:
-        """One line of the summary from a table of predictions; time and speed are those of training."""
+    def row(self, data: TaskData, table: pd.DataFrame, fitted: Fit | None = None, trainable: int = 0,
+            joint: bool = False) -> dict[str, Any]:
+        """One line of the summary from a table of predictions; time and speed are those of training.
+
+        joint: the table is one of `joint_table`; other methods have nothing in the columns for these. Peak memory is that
+        of the main process since the row before or, for the first, since the script looked for finished results.
+        """
+        peak = self._memory.mib()
+        self._memory.restart()
+        key = data.task.key
         return {
-            "method": self.name, "task": data.task.title, **scores(table),
+            "method": self.name, "task": data.task.title, **scores(table, key if joint else None),
+            **(told_scores(table, key, data.classes) if joint else {"accuracy_told_task": None, "right_task": None}),
             "near_duplicates_in_test": data.near_duplicates_in_test, "trainable_parameters": trainable,
-            "seconds": fitted.seconds if fitted else 0.0,
-            "images_per_second": fitted.images / fitted.seconds if fitted else 0.0, "peak_memory_mib": peak_memory(),
+            "seconds": fitted.seconds if fitted else None,
+            "images_per_second": fitted.images / fitted.seconds if fitted and fitted.images else None, "peak_memory_mib": peak,
         }
 
     @distributed.on_main
@@ -166,75 +211,16 @@ class Results:
 
     @distributed.on_main
     def _finish(self, rows: list[dict[str, Any]]) -> None:
-        path = self.top / SUMMARY_FILE
-        table = pd.DataFrame(rows)
-        table[CHECKSUM] = _checksums(table)
         with locked(self.top, wait=True):  # another script may be at its end too
-            if path.exists():
-                old = _read_summary(path)
-                table = pd.concat([old[old["method"] != self.name], table])
-            write_csv(path, table)
+            update_summary(self.top / SUMMARY_FILE, self.name, rows)
         write_json(self.folder / CONFIG_FILE, self.made_from)
         self._print()
 
     def _print(self) -> None:
         path = self.top / SUMMARY_FILE
-        table = _read_summary(path)
+        table = read_summary(path)
         rows = table[table["method"] == self.name]
         if set(rows["task"]) != {task.title for task in TASKS}:
             raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
-        print(_as_text(rows))
+        print(as_text(rows))
         print(f"Results are in {self.folder}")
-
-
-def peak_memory() -> float:
-    """The most memory in MiB that this process has held so far: a GPU's if it has used one, else all of its own."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_memory(resource.getrusage(resource.RUSAGE_SELF))
-
-
-def resident_memory(usage: resource.struct_rusage) -> float:
-    """The most memory in MiB that a process has held, by what the system tells of it."""
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
-
-
-def _read_summary(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-        _as_text(table)  # has every column that is shown, with numbers where they belong
-        if list(table[CHECKSUM]) != _checksums(table):
-            raise ValueError("a value was changed")
-        return table
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is missing or damaged; delete it and run the scripts with --overwrite") from error
-
-
-def _checksums(table: pd.DataFrame) -> list[str]:
-    """A checksum of each row of the summary, the same before it is written and after it is read."""
-    rows = table.drop(columns=CHECKSUM, errors="ignore").to_dict("records")
-    texts = [", ".join(f"{key} {value:.6f}" if isinstance(value, Number) else f"{key} {value}"
-                       for key, value in row.items() if not pd.isna(value)) for row in rows]
-    return [f"crc {zlib.crc32(text.encode()):08x}" for text in texts]
-
-
-def _as_text(table: pd.DataFrame) -> str:
-    """The summary as people read it: percentages with their interval."""
-    return pd.DataFrame({
-        "method": table["method"],
-        "task": table["task"],
-        "accuracy": [f"{a:.1%}" for a in table["accuracy"]],
-        "95 % interval": [
-            f"{low:.1%} to {high:.1%}" for low, high in zip(table["accuracy_low"], table["accuracy_high"], strict=True)
-        ],
-        "macro F1": [f"{f1:.3f}" for f1 in table["macro_f1"]],
-        "trained parameters": [f"{count:,}" for count in table["trainable_parameters"]],
-        "seconds": [f"{seconds:.1f}" for seconds in table["seconds"]],
-        "images/s": [f"{speed:.0f}" for speed in table["images_per_second"]],
-        "peak MiB": [f"{peak:.0f}" for peak in table["peak_memory_mib"]],
-    }).to_string(index=False)
-
-
-def print_summary(root: str) -> None:
-    """Print the summary of all scripts."""
-    print(_as_text(_read_summary(Path(root) / "Results" / SUMMARY_FILE)))

@@ -1,9 +1,32 @@
 """From probabilities to the table of predictions, and from that table to every score."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.metrics import f1_score
+
+from common.data.tensors import TaskData
+
+NONE = "none"  # predicted task and class of an image that the mixture was asked to refuse
+ANOTHER_TASK = "another task"  # a column of confusion matrices
+
+
+@dataclass(frozen=True)
+class JointPredictions:
+    """What a mixture says of the N test images of one task, without being told the task.
+
+    probabilities: (N, C) over the classes of all tasks; labels: those C classes as (task key, class name);
+    gates: expert -> mean gate weight (N,); familiarity: (N,), higher is more familiar; refused: (N,) bool, True where the
+    answer is "none", or None if nothing is refused.
+    """
+
+    probabilities: np.ndarray
+    labels: list[tuple[str, str]]
+    gates: dict[str, np.ndarray]
+    familiarity: np.ndarray
+    refused: np.ndarray | None = None
 
 
 def predictions_table(
@@ -13,29 +36,94 @@ def predictions_table(
 
     probabilities: (N, C); labels: (N,); gates: expert name -> mean gate weight (N,).
     """
-    table = pd.DataFrame({
-        "Image": np.arange(len(labels)),
-        "Predicted Class": np.array(classes)[probabilities.argmax(1)],
-        "Actual Class": np.array(classes)[labels],
+    names = np.array(classes, dtype=object)
+    return pd.DataFrame({
+        "Image": np.arange(len(labels)), "Predicted Class": names[probabilities.argmax(1)], "Actual Class": names[labels],
+        **{f"Probability {name}": probabilities[:, index] for index, name in enumerate(classes)},
+        **{f"Gate {name}": weights for name, weights in (gates or {}).items()},
     })
-    for index, name in enumerate(classes):
-        table[f"Probability {name}"] = probabilities[:, index]
-    for name, weights in (gates or {}).items():
-        table[f"Gate {name}"] = weights
-    return table
 
 
-def scores(table: pd.DataFrame) -> dict[str, float]:
-    """Accuracy with its 95 % Wilson interval and macro F1, all between 0 and 1, from a table of predictions."""
-    actual, predicted = table["Actual Class"], table["Predicted Class"]
+def joint_table(predictions: JointPredictions, data: TaskData) -> pd.DataFrame:
+    """One row per test image of a task: the answer among all tasks' classes, and what led to it (DESIGN section 5)."""
+    best = predictions.probabilities.argmax(1)
+    refused = np.zeros(len(best), dtype=bool) if predictions.refused is None else predictions.refused
+    tasks, classes = (np.where(refused, NONE, np.array(names, dtype=object)[best])
+                      for names in zip(*predictions.labels, strict=True))
+    return pd.DataFrame({
+        "Image": np.arange(len(best)), "Predicted Class": classes,
+        "Actual Class": np.array(data.classes, dtype=object)[data.test.labels.cpu().numpy()], "Predicted Task": tasks,
+        **{probability_column(*label): predictions.probabilities[:, index] for index, label in enumerate(predictions.labels)},
+        **{f"Gate {expert}": weights for expert, weights in predictions.gates.items()},
+        "Familiarity": predictions.familiarity,
+    })
+
+
+def probability_column(task: str, name: str) -> str:
+    """The column of a joint table that holds the probability of a class of a task."""
+    return f"Probability {task}: {name}"
+
+
+def scores(table: pd.DataFrame, task: str | None = None) -> dict[str, float]:
+    """Accuracy with its 95 % Wilson interval and macro F1, all between 0 and 1, from a table of predictions.
+
+    task: key of the images' task, for a joint table: a prediction is then right if task and class are.
+    """
+    names = pd.Index(sorted(set(table["Actual Class"])))
+    actual, predicted = (names.get_indexer(table[f"{kind} Class"]) for kind in ("Actual", "Predicted"))  # -1: another class
+    if task is not None:
+        predicted = np.where(table["Predicted Task"] == task, predicted, -1)
     correct = int((actual == predicted).sum())
     interval = binomtest(correct, len(table)).proportion_ci(0.95, method="wilson")
     return {
         "accuracy": correct / len(table), "accuracy_low": interval.low, "accuracy_high": interval.high,
-        "macro_f1": float(f1_score(actual, predicted, labels=sorted(set(actual)), average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(actual, predicted, labels=range(len(names)), average="macro", zero_division=0)),
     }
 
 
-def confusion(table: pd.DataFrame, classes: list[str]) -> np.ndarray:
-    """Counts (C, C): rows are actual, columns predicted classes."""
-    return confusion_matrix(table["Actual Class"], table["Predicted Class"], labels=classes)
+def told_scores(table: pd.DataFrame, task: str, classes: list[str]) -> dict[str, float]:
+    """Accuracy of a joint table if the task were told, and the share of images whose predicted task is the right one.
+
+    The first takes the best of the task's own `classes`, whether the image was refused or not.
+    """
+    own = table[[probability_column(task, name) for name in classes]].to_numpy()
+    told = np.array(classes, dtype=object)[own.argmax(1)]
+    return {"accuracy_told_task": float((told == table["Actual Class"]).mean()),
+            "right_task": float((table["Predicted Task"] == task).mean())}
+
+
+def confusion(table: pd.DataFrame, classes: list[str], task: str | None = None) -> tuple[np.ndarray, list[str]]:
+    """Counts (C, K) with actual classes as rows, and the names of the K columns.
+
+    The columns are the classes and, for a joint table (`task`: key of the images' task), "another task" and "none" where
+    these were predicted.
+    """
+    names = pd.Index(classes)
+    predicted = names.get_indexer(table["Predicted Class"])
+    if task is not None:
+        refused = table["Predicted Task"] == NONE
+        predicted = np.where(table["Predicted Task"] == task, predicted, np.where(refused, len(classes) + 1, len(classes)))
+    return _counts(names.get_indexer(table["Actual Class"]), predicted, classes, [*classes, ANOTHER_TASK, NONE])
+
+
+def joint_confusion(tables: dict[str, pd.DataFrame], labels: list[tuple[str, str]]) -> tuple[np.ndarray, list[str], list[str]]:
+    """Counts (R, K) over the classes of all tasks, and the names of rows and columns.
+
+    tables: task key -> joint table; labels: (task key, class name) of every column; those of tasks with a table are rows.
+    """
+    places = {label: index for index, label in enumerate(labels)}
+    actual = [places[task, name] for task, table in tables.items() for name in table["Actual Class"]]
+    predicted = [places.get(pair, len(labels)) for table in tables.values()
+                 for pair in zip(table["Predicted Task"], table["Predicted Class"], strict=True)]
+    names = [f"{task}: {name}" for task, name in labels]
+    counts, columns = _counts(np.array(actual), np.array(predicted), names, [*names, NONE])
+    rows = [index for index, (task, _) in enumerate(labels) if task in tables]
+    return counts[rows], [names[index] for index in rows], columns
+
+
+def _counts(actual: np.ndarray, predicted: np.ndarray, rows: list[str], columns: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Counts without those columns behind the classes that nothing is in."""
+    counts = np.zeros((len(rows), len(columns)), dtype=int)
+    np.add.at(counts, (actual, predicted), 1)
+    kept = [index for index in range(len(columns)) if index < len(rows) or counts[:, index].any()]
+    return counts[:, kept], [columns[index] for index in kept]

@@ -1,101 +1,197 @@
-"""The pictures: confusion matrices, loss and accuracy curves, routing."""
+"""The pictures: confusion matrices, loss and accuracy curves, routing, the comparison."""
 
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import style as styles
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay
+from matplotlib.font_manager import fontManager, get_font
+from matplotlib.ft2font import FaceFlags
+from matplotlib.text import Text
 
-from common.files import writing
-from common.results import metrics
+from common.errors import UserError
+from common.files import remove, writing
 from common.training.distributed import on_main
 
-matplotlib.use("agg")  # files only: works without a screen
+MANY = 40  # from more classes than this on, a matrix has no numbers and fewer labels
+LONGEST = 28  # characters of a name in a picture
+# Names are text, never markup, and a picture does not depend on the settings of who makes it.
+STYLE = {"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]}
 
 
-@on_main
+def picture(draw: Callable[..., Figure]) -> Callable[..., None]:
+    """Let a function that returns a figure take a path first, and save the figure there.
+
+    A picture that cannot be drawn costs no results: one line tells so, and what was there before it is deleted. Raises
+    UserError if the disk does not take it.
+    """
+    @on_main
+    @wraps(draw)
+    def drawn(path: Path, *arguments: object, **named: object) -> None:
+        try:
+            with styles.context(STYLE, after_reset=True):
+                _save(draw(*arguments, **named), path)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the names and numbers of the results lead to
+            remove(path)
+            reason = " ".join(str(error).split())[:200]
+            print(f"{path} cannot be drawn ({type(error).__name__}: {reason}); no result is lost", file=sys.stderr)
+
+    return drawn
+
+
 def _save(figure: Figure, path: Path) -> None:
+    """Write the figure; characters that its font lacks are taken from other installed fonts."""
     with writing(path) as part:
+        missing = _write(figure, part)
+        if missing:
+            families = [*STYLE["font.family"], *_fonts_with(missing)]
+            for text in figure.findobj(Text):
+                text.set_fontfamily(families)
+            missing = _write(figure, part)
+        if missing:
+            print(f"{path}: no installed font has {' '.join(sorted(missing))}; boxes stand for them", file=sys.stderr)
+
+
+def _write(figure: Figure, path: Path) -> set[str]:
+    """Write the figure and return the characters that no font of it has."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         # No date or version inside: the same results give the same file.
-        figure.savefig(part, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(path, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return {chr(int(found[1])) for warning in told if (found := re.match(r"Glyph (\d+) ", str(warning.message)))}
 
 
-def confusion_matrix(path: Path, table: pd.DataFrame, classes: list[str], title: str) -> None:
-    """Draw the confusion matrix of a table of predictions, with class names, counts and the accuracy."""
-    figure = Figure(figsize=(1.5 + 1.1 * len(classes), 1.2 + 0.95 * len(classes)))
+def _fonts_with(characters: set[str]) -> list[str]:
+    """Names of installed fonts that together have these characters, as far as there are any."""
+    names, missing = [], set(characters)
+    for entry in fontManager.ttflist:
+        font = get_font(entry.fname)
+        found = {character for character in missing if ord(character) in font.get_charmap()}
+        if found and FaceFlags.SCALABLE in font.face_flags and "LastResort" not in entry.fname:
+            names.append(entry.name)
+            missing -= found
+    return names
+
+
+def shown(name: str, longest: int = LONGEST) -> str:
+    """A name on one line, its middle left out if it is longer than `longest` characters."""
+    text = " ".join("".join(character if character.isprintable() else " " for character in name).split())
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[len(text) + 1 - (longest + 1) // 2 :]}"
+
+
+@picture
+def confusion_matrix(counts: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str,
+                     borders: Sequence[int] = ()) -> Figure:
+    """Draw counts (R, K), actual classes as rows. borders: the rows and columns that a new task begins with."""
+    most = max(counts.shape)
+    cell = min(1.0, 12 / most)  # inches
+    figure = Figure(figsize=(1 + cell * len(columns), 1 + cell * len(rows)))
     axes = figure.subplots()
-    counts = metrics.confusion(table, classes)
-    ConfusionMatrixDisplay(counts, display_labels=classes).plot(ax=axes, cmap="Blues", colorbar=False)
-    axes.tick_params(axis="x", rotation=30)
-    for label in axes.get_xticklabels():
-        label.set_horizontalalignment("right")
-    axes.set(xlabel="Predicted class", ylabel="Actual class")
-    axes.set_title(f"{title}\naccuracy {np.trace(counts) / counts.sum():.1%} of {counts.sum()} test images", fontsize=11)
-    _save(figure, path)
+    image = axes.imshow(counts, cmap="Blues", vmin=0, interpolation="nearest")
+    step, size = math.ceil(most / MANY), min(10, 24 * cell)
+    axes.set_xticks(range(0, len(columns), step), [shown(name) for name in columns[::step]],
+                    rotation=30 if most <= 12 else 90, ha="right" if most <= 12 else "center", fontsize=max(size, 6))
+    axes.set_yticks(range(0, len(rows), step), [shown(name) for name in rows[::step]], fontsize=max(size, 6))
+    if most <= MANY:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if count > counts.max() / 2 else "black" if count else "darkgrey"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=size)
+    else:
+        figure.colorbar(image, ax=axes, label="images", fraction=0.04, pad=0.02)
+    for border in borders:
+        axes.axvline(border - 0.5, color="grey", linewidth=0.8)
+        axes.axhline(border - 0.5, color="grey", linewidth=0.8)
+    axes.set(xlabel="Predicted class", ylabel="Actual class", xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_title(title, fontsize=11)
+    return figure
 
 
-def curves(path: Path, history: pd.DataFrame, quantity: str, title: str) -> None:
-    """Draw training and validation `quantity` ("loss" or "accuracy") by epoch, with the chosen epoch marked."""
+@picture
+def curves(history: pd.DataFrame, quantity: str, title: str) -> Figure:
+    """Draw training and validation `quantity` ("loss" or "accuracy") by epoch, with the chosen epoch marked.
+
+    Epoch 0, if there is one, is the model before training, which has no training values.
+    """
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.subplots()
-    epochs = history["epoch"]
     for part, style in (("training", "o-"), ("validation", "s-")):
-        axes.plot(epochs, history[f"{part}_{quantity}"], style, markersize=4, label=part)
+        if history[f"{part}_{quantity}"].notna().any():
+            axes.plot(history["epoch"], history[f"{part}_{quantity}"], style, markersize=4, label=part)
     chosen = history.loc[history["chosen"].idxmax()]
-    axes.axvline(chosen["epoch"], color="grey", linestyle="--", linewidth=1, label=f"chosen: epoch {chosen['epoch']:.0f}")
+    name = f"chosen: epoch {chosen['epoch']:.0f}{'' if chosen['epoch'] else ', the start'}"
+    axes.axvline(chosen["epoch"], color="grey", linestyle="--", linewidth=1, label=name)
     axes.plot(chosen["epoch"], chosen[f"validation_{quantity}"], "k*", markersize=12)
     axes.set(xlabel="Epoch", ylabel=quantity.capitalize())
+    if len(history) == 1:
+        axes.set_xlim(chosen["epoch"] - 1, chosen["epoch"] + 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    return figure
 
 
-def routing(path: Path, table: pd.DataFrame, title: str) -> None:
-    """Draw the mean gate weight of every expert in every layer, one panel a task.
+@picture
+def routing(table: pd.DataFrame, title: str) -> Figure:
+    """Draw the mean gate weight of every expert in every layer, one panel a task, up to five side by side.
 
     table: columns Task, Layer, then one per expert; layers in the model's order.
     """
     tasks, experts = list(dict.fromkeys(table["Task"])), list(table.columns[2:])
-    layers = table["Layer"].nunique()
-    width = 2.2 + 0.9 * len(experts)
-    figure = Figure(figsize=(1.5 + width * len(tasks), 1.5 + 0.17 * layers), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    for panel, task in zip(panels, tasks, strict=True):
+    layers = list(dict.fromkeys(table["Layer"]))
+    across = min(len(tasks), 5)
+    down = math.ceil(len(tasks) / across)
+    width, height = max(1.8, 0.3 * len(experts)), min(8.0, max(1.6, 0.17 * len(layers)))
+    figure = Figure(figsize=(2.2 + width * across, 0.8 + (height + 1.2) * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    step = math.ceil(len(layers) / (height / 0.11))
+    for panel in list(panels)[len(tasks):]:
+        panel.set_axis_off()
+    for panel, task in zip(panels, tasks, strict=False):
         rows = table[table["Task"] == task]
         image = panel.imshow(rows[experts], vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        panel.set_title(f"images of {task}", fontsize=10)
-        panel.set_xticks(range(len(experts)), [f"{name}\nexpert" for name in experts])
-        panel.set_yticks(range(layers), rows["Layer"], fontsize=6)
-    figure.colorbar(image, ax=panels, label="mean gate weight")
+        panel.set_title(f"images of {shown(task, 20)}", fontsize=9)
+        panel.set_xticks(range(len(experts)), [shown(name, 16) for name in experts], fontsize=8,
+                         rotation=0 if len(experts) <= 2 else 90)
+        panel.set_yticks(range(0, len(layers), step), [shown(name) for name in layers[::step]], fontsize=7)
+    figure.colorbar(image, ax=figure.axes, label="mean gate weight", aspect=30)
+    figure.supxlabel("expert", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    return figure
 
 
-def comparison(path: Path, table: pd.DataFrame, title: str) -> None:
+@picture
+def comparison(table: pd.DataFrame, title: str) -> Figure:
     """Draw the accuracy of every method by task, with its interval, the best method over all tasks on top.
 
     table: as `common.comparison` makes it.
     """
     overall = table[table["task"] == "All"].sort_values("accuracy_mean")
     methods, tasks = list(overall["method"]), [task for task in dict.fromkeys(table["task"]) if task != "All"]
-    figure = Figure(figsize=(8, 1.2 + 0.42 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + max(0.42, 0.12 * len(tasks)) * len(methods)), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(tasks)
+    height, bars = 0.8 / len(tasks), []
     for index, task in enumerate(tasks):
         rows = table[table["task"] == task].set_index("method").loc[methods]
         offset = (len(tasks) - 1) / 2 - index
         below, above = rows["accuracy"] - rows["accuracy_low"], rows["accuracy_high"] - rows["accuracy"]
-        axes.barh(np.arange(len(methods)) + offset * height, rows["accuracy"], height, xerr=np.stack([below, above]),
-                  error_kw={"linewidth": 0.8, "capsize": 2}, label=task.replace("_", " "))
-    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+        bars.append(axes.barh(np.arange(len(methods)) + offset * height, rows["accuracy"], height,
+                              xerr=np.stack([below, above]), error_kw={"linewidth": 0.8, "capsize": min(2, 10 * height)}))
+    axes.set_yticks(range(len(methods)), [shown(method, 48) for method in methods], fontsize=8)
     seeds = table["seeds"].max()
     which = f"; first seed, in the order of the means over {seeds}" if seeds > 1 else ""
     axes.set(xlabel=f"accuracy on the mixed test set, with 95 % interval{which}", xlim=(0, 1))
     axes.set_title(title, fontsize=11)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower left", bbox_to_anchor=(1.0, 0.0), fontsize=8)
-    _save(figure, path)
+    axes.legend(bars, [shown(task).replace("_", " ").strip() for task in tasks], loc="lower left", bbox_to_anchor=(1.0, 0.0),
+                fontsize=8)
+    return figure
