@@ -152,9 +152,9 @@ def routing(table: pd.DataFrame, title: str) -> Figure:
     down = math.ceil(len(tasks) / across)
     width, height = max(1.8, 0.3 * len(experts)), min(8.0, max(1.6, 0.17 * len(layers)))
     figure = Figure(figsize=(2.2 + width * across, 0.8 + (height + 1.2) * down), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     step = math.ceil(len(layers) / (height / 0.11))
-    for panel in list(panels)[len(tasks):]:
+    for panel in panels[len(tasks):]:
         panel.set_axis_off()
     for panel, task in zip(panels, tasks, strict=False):
         rows = table[table["Task"] == task]
