@@ -123,7 +123,7 @@ def curves(history: pd.DataFrame, quantity: str, title: str) -> Figure:
     """
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.subplots()
-    for part, style in (("training", "o-"), ("validation", "s-")):
+    for part, style in (("training", "C0o-"), ("validation", "C1s-")):
         if history[f"{part}_{quantity}"].notna().any():
             axes.plot(history["epoch"], history[f"{part}_{quantity}"], style, markersize=4, label=part)
     chosen = history.loc[history["chosen"].idxmax()]
@@ -151,7 +151,7 @@ def routing(table: pd.DataFrame, title: str) -> Figure:
     across = min(len(tasks), 5)
     down = math.ceil(len(tasks) / across)
     width, height = max(1.8, 0.3 * len(experts)), min(8.0, max(1.6, 0.17 * len(layers)))
-    figure = Figure(figsize=(2.2 + width * across, 0.8 + (height + 1.2) * down), layout="constrained")
+    figure = Figure(figsize=(2.2 + width * across, 0.8 + (height + 1.4) * down), layout="constrained")
     panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     step = math.ceil(len(layers) / (height / 0.11))
     for panel in panels[len(tasks):]:
@@ -159,7 +159,7 @@ def routing(table: pd.DataFrame, title: str) -> Figure:
     for panel, task in zip(panels, tasks, strict=False):
         rows = table[table["Task"] == task]
         image = panel.imshow(rows[experts], vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        panel.set_title(f"images of {shown(task, 20)}", fontsize=9)
+        panel.set_title(f"images of\n{shown(task, 22)}", fontsize=9)
         panel.set_xticks(range(len(experts)), [shown(name, 16) for name in experts], fontsize=8,
                          rotation=0 if len(experts) <= 2 else 90)
         panel.set_yticks(range(0, len(layers), step), [shown(name) for name in layers[::step]], fontsize=7)
