@@ -5,7 +5,7 @@ from common.cli.flags import BenchmarkConfig
 from common.cli.run import run
 from common.data.tensors import load_task
 from common.results.folder import Results
-from common.tasks import TASKS
+from common.tasks import read_tasks
 from common.training.evaluate import evaluate
 
 
@@ -13,7 +13,7 @@ def main(config: BenchmarkConfig) -> None:
     """Predict every test split and write predictions and confusion matrices."""
     with Results(config, "Benchmark", "Benchmark") as results:
         processor = models.load_processor(config.model)
-        tasks = [load_task(task, config, processor) for task in TASKS]
+        tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
         if results.finished(tasks):
             return
         rows = []

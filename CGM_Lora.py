@@ -23,7 +23,7 @@ from common.files import read_json, remove
 from common.provenance import PROVENANCE_FILE, command, differences
 from common.results import plotting
 from common.results.folder import Results
-from common.tasks import TASKS
+from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.evaluate import device_of, evaluate
@@ -39,8 +39,8 @@ def main(config: MixtureConfig) -> None:
     added = config.added_experts()
     with Results(config, "_".join(["CGM_Lora", *added]), "CGM_Lora") as results:
         processor = models.load_processor(config.model)
-        tasks = [load_task(task, config, processor) for task in TASKS]
-        adapters = {task.key: models.lora_folder(config, task) for task in TASKS} | added
+        tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
+        adapters = {data.task.key: models.lora_folder(config, data.task) for data in tasks} | added
         folder = results.folder / "Models" / mixture_name(list(adapters))
         starts = {"experts": {name: models.fingerprint(adapter) for name, adapter in adapters.items()}}
         if added:
@@ -147,7 +147,7 @@ def load_base(config: MixtureConfig, tasks: list[TaskData]) -> BeitForImageClass
 
 def start_folder(config: MixtureConfig) -> Path:
     """Where the mixture is that --add_expert starts from: the one of the tasks whose experts are not among those added."""
-    names = [task.key for task in TASKS if task.key not in config.added_experts()]
+    names = [task.key for task in read_tasks(config.root) if task.key not in config.added_experts()]
     return Path(config.root) / "Results" / "CGM_Lora" / "Models" / mixture_name(names)
 
 

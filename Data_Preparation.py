@@ -1,18 +1,22 @@
-"""Step 1: fetch (or, with --demo, generate) the images of every task and split them: fire_dataset/, game_dataset/."""
+"""Step 1: fetch (or, with --demo, generate) the images of every task and split them: fire_dataset/, game_dataset/, tasks.json.
+
+--task NAME=SOURCE, once per task, prepares other tasks instead: NAME_dataset/. In a root that has tasks it adds one more.
+"""
 
 from pathlib import Path
 
 from common.cli.flags import PreparationConfig
 from common.cli.run import run
-from common.data.prepare import prepare
-from common.tasks import TASKS
+from common.data.prepare import planned, prepare
+from common.tasks import add_tasks
 from common.training.distributed import on_main
 
 
 @on_main
 def main(config: PreparationConfig) -> None:
-    """Prepare every task and print what there is."""
-    for task in TASKS:
+    """Prepare every task that is asked for, and print what there is."""
+    tasks = planned(config)
+    for task in tasks:
         manifest = prepare(task, config)
         counts = ", ".join(f"{count} {name}" for name, count in manifest["images"].items())
         print(f"{task.name}: {counts} images of {', '.join(manifest['classes'])}")
@@ -22,6 +26,9 @@ def main(config: PreparationConfig) -> None:
         near = manifest["near_duplicates_in_test"]
         print(f"  test images with a near-duplicate in train: {near} of {manifest['images']['test']}"
               f"{'; --split grouped keeps such on one side' if near else ''}")
+    every = add_tasks(config.root, tasks)
+    if len(every) > len(tasks):
+        print(f"{config.root} holds the tasks {', '.join(task.key for task in every)}")
 
 
 if __name__ == "__main__":

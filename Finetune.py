@@ -5,7 +5,7 @@ from common.cli.flags import FinetuneConfig
 from common.cli.run import run
 from common.data.tensors import load_task
 from common.results.folder import Results
-from common.tasks import TASKS
+from common.tasks import read_tasks
 from common.training.evaluate import evaluate
 from common.training.loop import fit
 from common.training.schedule import layer_decay_groups
@@ -15,7 +15,7 @@ def main(config: FinetuneConfig) -> None:
     """Fine-tune, evaluate and write one model per task."""
     with Results(config, "Finetune", "Finetune") as results:
         processor = models.load_processor(config.model)
-        tasks = [load_task(task, config, processor) for task in TASKS]
+        tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
         if results.finished(tasks):
             return
         rows = []

@@ -8,7 +8,7 @@ from common.cli.run import run
 from common.data.tensors import load_task
 from common.results.folder import Results
 from common.results.metrics import predictions_table
-from common.tasks import TASKS
+from common.tasks import read_tasks
 from common.training.evaluate import evaluate, features
 from common.training.loop import fit
 
@@ -17,7 +17,7 @@ def main(config: BaseModelConfig) -> None:
     """Train the heads and write the base models, where LoRA and the mixture start."""
     with Results(config, "Base_Models", "Generate_Base_Model") as results:
         processor = models.load_processor(config.model)
-        tasks = [load_task(task, config, processor) for task in TASKS]
+        tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
         if results.finished(tasks):
             return
         rows = []

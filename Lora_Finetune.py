@@ -5,7 +5,7 @@ from common.cli.flags import LoraConfig
 from common.cli.run import run
 from common.data.tensors import load_task
 from common.results.folder import Results
-from common.tasks import TASKS
+from common.tasks import read_tasks
 from common.training.evaluate import evaluate
 from common.training.loop import fit
 
@@ -14,8 +14,9 @@ def main(config: LoraConfig) -> None:
     """Train, evaluate and write one LoRA expert per task."""
     with Results(config, "Lora_Finetune", "Lora_Finetune") as results:
         processor = models.load_processor(config.model)
-        tasks = [load_task(task, config, processor) for task in TASKS]
-        if results.finished(tasks, base={task.key: models.fingerprint(models.base_folder(config, task)) for task in TASKS}):
+        tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
+        bases = {data.task.key: models.fingerprint(models.base_folder(config, data.task)) for data in tasks}
+        if results.finished(tasks, base=bases):
             return
         rows = []
         for data in tasks:

@@ -14,7 +14,7 @@ from common import models
 from common.cli.flags import SCRIPTS, RunFlags
 from common.cli.parser import parse
 from common.data.tensors import TaskData, load_task
-from common.tasks import TASKS
+from common.tasks import read_tasks
 
 REPOSITORY = Path(__file__).parents[1]
 IMAGE_SIZE = 32
@@ -72,7 +72,7 @@ class Workspace:
     def tasks(self) -> list[TaskData]:
         """The prepared data of every task."""
         processor = models.load_processor(self.model)
-        return [load_task(task, self.config("Benchmark"), processor) for task in TASKS]
+        return [load_task(task, self.config("Benchmark"), processor) for task in read_tasks(self.root)]
 
     def predictions(self, method: str, title: str) -> pd.DataFrame:
         """The table of predictions of a method on the task of this title."""
@@ -85,7 +85,10 @@ class Workspace:
     def copy(self, root: Path, *parts: str) -> "Workspace":
         """The same workspace, or these parts of it, elsewhere."""
         for part in parts or [path.name for path in self.root.iterdir()]:
-            shutil.copytree(self.root / part, root / part, symlinks=True)
+            if (self.root / part).is_dir():
+                shutil.copytree(self.root / part, root / part, symlinks=True)
+            else:
+                shutil.copy(self.root / part, root / part)
         return Workspace(root, self.model)
 
 

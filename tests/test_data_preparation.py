@@ -39,13 +39,13 @@ from common.data.hub import CONNECTIONS
 from common.data.prepare import prepare
 from common.data.sources import generator
 from common.errors import UserError
-from common.tasks import TASKS
+from common.tasks import DOCUMENTED
 
 pytest_plugins = ["warm_process"]
 
 PROJECT = Path(__file__).parents[1]
 SCRIPT = "Data_Preparation.py"
-FIRE = next(task for task in TASKS if task.key == "fire")
+FIRE = DOCUMENTED[0]
 CLASSES = {"fire": FIRE_CLASSES, "game": GAME_CLASSES}
 PER_CLASS = 12  # images of each class in every source
 SPLITS = ["train", "validation", "test"]
@@ -898,7 +898,7 @@ def test_the_demo_runs_by_itself(tmp_path):
     nowhere_to_go = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(command, cwd=tmp_path, env=nowhere_to_go, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for task in TASKS:
+    for task in DOCUMENTED:
         data = opened(tmp_path / "demo", task.key)
         assert data["train"].features["label"].names == list(generator(task).CLASS_NAMES)
         assert {name: len(split) for name, split in data.items()} == {"train": 12, "validation": 4, "test": 4}

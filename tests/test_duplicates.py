@@ -19,7 +19,7 @@ from common.data.images import HASH_BYTES, perceptual_hash
 from common.data.prepare import prepare
 from common.data.splits import SPLITS, grouped_split, random_split
 from common.errors import UserError
-from common.tasks import TASKS
+from common.tasks import DOCUMENTED
 
 CLASSES = ["dunes", "forest", "town"]
 
@@ -171,7 +171,7 @@ def prepared(root, source, *flags):
     """Prepare all images; return the manifest and, by split, the hashes of its images and its labels."""
     argv = ["--root", str(root), "--fire_source", str(source), "--fire_classes", *CLASSES, "--images_per_class", "all",
             *flags]
-    manifest = prepare(next(task for task in TASKS if task.key == "fire"), parse(PreparationConfig, argv))
+    manifest = prepare(DOCUMENTED[0], parse(PreparationConfig, argv))
     data = load_from_disk(str(root / "fire_dataset"))
     return manifest, {name: (hashes_of(split["image"]), split["label"]) for name, split in data.items()}
 

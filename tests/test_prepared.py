@@ -17,17 +17,16 @@ from hypothesis import strategies as st
 from pipeline import files_in, hashes
 from test_data_preparation import FIRE, PROJECT, SCRIPT, write_folders
 
+import Data_Preparation
 from common import models
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
-from common.data.prepare import prepare
 from common.data.reading import AHEAD, in_order
 from common.data.sources import NO_LABEL, Source
 from common.data.splits import choose
 from common.data.tensors import load_task
 from common.errors import UserError
 from common.files import locked
-from common.tasks import TASKS
 
 pytest_plugins = ["warm_process"]
 
@@ -47,8 +46,7 @@ def flags(root, images, *more):
 
 def prepared(root, images, *more):
     """Prepare both tasks in this process; return the root folder."""
-    for task in TASKS:
-        prepare(task, parse(PreparationConfig, flags(root, images, *more)))
+    Data_Preparation.main(parse(PreparationConfig, flags(root, images, *more)))
     return root
 
 

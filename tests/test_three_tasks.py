@@ -1,16 +1,17 @@
-"""Tests with a third task, by one entry in TASKS, and of adding an expert to a finished mixture by --add_expert."""
+"""Tests with a third task, added by --task, and of adding an expert to a finished mixture by --add_expert."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mixture_models import assert_close, logits, randomise_gates
 from peft import PeftModel
-from pipeline import files_in, hashes, tiny_beit
+from PIL import Image
+from pipeline import Workspace, files_in, hashes, tiny_beit
 from safetensors.torch import load_file, save_file
-from three_tasks import CLASS_NAMES, three_tasks
 
 from common.cli.flags import SCRIPTS
 from common.errors import UserError
@@ -18,16 +19,31 @@ from common.files import read_json, write_json
 from ContextGatedMOE import ContextGatedMOE
 
 KEYS = ["fire", "game", "third"]
-TITLES = {"fire": "Fire_Risk", "game": "Game", "third": "Third"}
+TITLES = {"fire": "Fire_Risk", "game": "Game", "third": "third"}
+CLASS_NAMES = ["bars", "checks", "plain", "stripes"]
+
+
+def write_patterns(folder: Path) -> Path:
+    """Ten images of each of four patterns in random colours, 48 x 64, in one subfolder a class."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.indices((48, 64)) // 8 % 2
+    for name, pattern in zip(CLASS_NAMES, (columns, (rows + columns) % 2, np.zeros_like(rows), rows), strict=True):
+        (folder / name).mkdir(parents=True)
+        for number in range(10):
+            noisy = rng.integers(0, 256, (2, 3))[pattern] + rng.normal(0, 8, (48, 64, 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory, workspace):
     """All six scripts with three tasks, and the comparison; what the workspace has of two tasks is not used."""
-    with three_tasks() as workspace_class:
-        made = workspace_class(tmp_path_factory.mktemp("three"), workspace.model)
-        for script in SCRIPTS:
-            made.run(script, *(["--compare"] if script == "CGM_Lora" else []))
+    top = tmp_path_factory.mktemp("three")
+    made = Workspace(top / "root", workspace.model)
+    made.run("Data_Preparation")
+    made.run("Data_Preparation", "--task", f"third={write_patterns(top / 'patterns')}")
+    for script in [*SCRIPTS][1:]:
+        made.run(script, *(["--compare"] if script == "CGM_Lora" else []))
     return made
 
 
@@ -43,14 +59,14 @@ def adapters(three):
 def test_every_script_has_every_file_for_the_third_task_too(three, workspace):
     """What there is of the second task there is of the third; the mixture is one of three."""
     two = {name.replace("fire_game_cgm", "fire_game_third_cgm") for name in files_in(workspace.results)}
-    third = {name.replace("game_", "third_").replace("Game", "Third") for name in two
+    third = {name.replace("game_", "third_").replace("Game", "third") for name in two
              if "game_" in name.replace("fire_game", "") or "Game" in name}
     comparison = {f"CGM_Lora/CGM_Lora_Comparison.{ending}" for ending in ("csv", "png")}
     assert files_in(three.results) == two | third | comparison
 
 
 def test_predictions_of_the_third_task_have_three_gate_columns(three):
-    table = three.predictions("CGM_Lora", "Third")
+    table = three.predictions("CGM_Lora", "third")
     assert list(table.columns[3:]) == [*(f"Probability {name}" for name in CLASS_NAMES), *(f"Gate {key}" for key in KEYS)]
     assert (table.filter(like="Gate ").sum(axis=1) - 1).abs().max() < 5e-6
 
@@ -58,7 +74,7 @@ def test_predictions_of_the_third_task_have_three_gate_columns(three):
 def test_the_routing_has_three_tasks_of_three_experts(three):
     table = pd.read_csv(three.results / "CGM_Lora" / "CGM_Lora_Routing.csv")
     assert list(table) == ["Task", "Layer", *KEYS]
-    assert table["Task"].value_counts().to_dict() == {"fire risk": 13, "video games": 13, "patterns": 13}
+    assert table["Task"].value_counts().to_dict() == {"fire risk": 13, "video games": 13, "third": 13}
 
 
 def test_the_summary_has_three_rows_of_every_method(three):
@@ -143,10 +159,9 @@ def gates_and_experts(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory, workspace, three, adapters):
     """The workspace's mixture of two tasks, with the third task's data and its expert added."""
-    with three_tasks() as workspace_class:
-        made = workspace_class(workspace.copy(tmp_path_factory.mktemp("grown") / "root").root, workspace.model)
-        three.copy(made.root, "third_dataset")
-        made.run("CGM_Lora", "--add_expert", f"third={adapters['third']}")
+    made = workspace.copy(tmp_path_factory.mktemp("grown") / "root")
+    three.copy(made.root, "third_dataset", "tasks.json")
+    made.run("CGM_Lora", "--add_expert", f"third={adapters['third']}")
     return made
 
 
@@ -170,8 +185,7 @@ def test_a_grown_mixture_holds_the_old_experts_and_the_new(grown, three):
 
 def test_a_grown_mixture_is_finished(grown, adapters, capsys):
     before = hashes(grown.results)
-    with three_tasks() as workspace_class:
-        workspace_class(grown.root, grown.model).run("CGM_Lora", "--add_expert", f"third={adapters['third']}")
+    grown.run("CGM_Lora", "--add_expert", f"third={adapters['third']}")
     assert "CGM_Lora_third is finished already" in capsys.readouterr().out
     assert hashes(grown.results) == before
 

@@ -1,6 +1,5 @@
 """Settings: one dataclass per script over shared groups of flags, the command line, and one-line errors."""
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
 from common.files import is_unicode
-from common.tasks import TASKS
+from common.tasks import Task, own_tasks
 
 DEMO_BACKBONE = Path(__file__).parents[1] / "demo" / "backbone"
 HIGHEST = 2**32 - 1  # of any number: what every generator of random numbers takes as a seed
@@ -109,40 +108,59 @@ class GateFlags:
         "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture and train only the gates again"})
 
 
-def _task_fields() -> list[tuple[str, Any, Any]]:
-    """Two flags for each task: where its images come from, and which classes are used."""
-    return [entry for task in TASKS for entry in (
-        (f"{task.key}_source", str | None, option(
-            None, f"local images for {task.name} instead of {task.hub_id}: a folder with one subfolder of images a "
-                  "class, a .zip of it, Parquet files, or a dataset of save_to_disk")),
-        (f"{task.key}_classes", list[str], field(default_factory=list, metadata={
-            "help": f"classes of {task.name} to use, in label order; by default the first four"})),
-    )]
+SOURCE_HELP = ("a folder with one subfolder of images a class (these also inside train, validation and test), a .zip of it, "
+               "Parquet files, a dataset of save_to_disk, or hub:OWNER/NAME")
 
 
 @dataclass
-class SourceFlags(
-    dataclasses.make_dataclass("TaskSourceFlags", _task_fields(), namespace={"_argument_group_name": "sources"})
-):
+class SourceFlags:
     """Where images come from and how many are used."""
 
     _argument_group_name: ClassVar[str] = "sources"
-    demo_defaults: ClassVar[dict[str, Any]] = {"images_per_class": "250"}
-    images_per_class: str = option("1000", "images of each class, chosen by the seed; 'all' takes as many as there are")
+    task: list[str] = field(default_factory=list, metadata={
+        "help": "NAME=SOURCE, once per task: own tasks in place of the two documented ones; beside tasks that the root has "
+                f"already, one more. NAME is of letters, digits, _ and -; SOURCE is {SOURCE_HELP}"})
+    classes: list[str] = field(default_factory=list, metadata={
+        "help": "NAME=class,class,...: classes of the own task NAME to use, in label order; by default all"})
+    fire_source: str | None = option(None, f"images of fire risk instead of those on the Hub: {SOURCE_HELP}")
+    game_source: str | None = option(None, "images of video games instead of those on the Hub, in the same way")
+    fire_classes: list[str] = field(default_factory=list, metadata={
+        "help": "classes of fire risk to use, in label order; by default the first four; 'all' takes every class"})
+    game_classes: list[str] = field(default_factory=list, metadata={
+        "help": "classes of video games to use, in the same way"})
+    images_per_class: str = option(
+        "auto", "images of each class, chosen by the seed; 'all' takes as many as there are; auto is 1000 for the documented "
+                "tasks (250 with --demo) and all for own tasks, of whose classes a number is the most that is taken"
+    )
     split: Literal["random", "grouped"] = option(
         "random", "how images come to train, validation and test; grouped keeps near-duplicates, as in films, on one side"
     )
     skip_damaged: bool = option(False, "leave damaged images out and say how many; by default the first one ends the run")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = self.images_per_class
+        if number not in ("auto", "all") and not (number.isdecimal() and int(number) >= 5):
+            raise UserError(f"--images_per_class must be 'all' or a number of at least 5, not {number}")
+        for name in ("fire_source", "game_source", "fire_classes", "game_classes"):
+            if self.task and getattr(self, name):
+                raise UserError(f"--{name} is of the documented tasks, whose place those of --task take; leave one of them out")
+        self.own_tasks()
+
+    def own_tasks(self) -> list[Task]:
+        """The tasks of --task, with their sources and classes."""
+        return own_tasks(self.task, self.classes)
+
+    def number_of_images(self, task: Task) -> str:
+        """How many images of each class of a task are taken: a number, or 'all'."""
+        if self.images_per_class != "auto":
+            return self.images_per_class
+        return ("250" if self.demo else "1000") if task.demo else "all"
+
 
 @dataclass
 class PreparationConfig(SourceFlags, RunFlags):
     """Settings of Data_Preparation.py."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.images_per_class != "all" and not (self.images_per_class.isdecimal() and int(self.images_per_class) >= 5):
-            raise UserError(f"--images_per_class must be 'all' or a number of at least 5, not {self.images_per_class}")
 
 
 @dataclass

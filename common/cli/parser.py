@@ -1,5 +1,6 @@
 """From a command line to the settings of a script."""
 
+import argparse
 import dataclasses
 import os
 from argparse import ArgumentDefaultsHelpFormatter
@@ -31,6 +32,8 @@ def parse(config_class: type[Config], argv: list[str] | None = None, description
     )
     demo_defaults = _demo_defaults(config_class)
     for action in parser._actions:
+        if action.nargs == "+":  # --task a=x --task b=y is both, as --task a=x b=y is
+            action.__class__ = argparse._ExtendAction
         if action.dest in demo_defaults:
             value = demo_defaults[action.dest]
             action.help += f"; with --demo {os.path.relpath(value) if os.path.isabs(str(value)) else value}"

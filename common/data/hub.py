@@ -22,7 +22,7 @@ from common.data.images import Encoded
 from common.data.sources import Source, parquet_source
 from common.errors import UserError
 from common.files import locked, remove, writing
-from common.tasks import Task
+from common.tasks import HUB, Task
 
 SPLIT = "train"
 PIECE_BYTES = 2**23  # what one request fetches, and what is fetched anew when it breaks off
@@ -35,9 +35,10 @@ def hub_source(task: Task) -> Source:
     What was fetched stays in the cache of huggingface_hub, below HF_HOME: an interrupted fetch goes on, and no other run
     fetches it again. Raises UserError with the way out if something cannot be had.
     """
-    print(f"{task.name}: fetching {task.hub_id} from the Hub", flush=True)
+    hub_id = task.source.removeprefix(HUB)
+    print(f"{task.name}: fetching {hub_id} from the Hub", flush=True)
     with _way_out(task):
-        builder = load_dataset_builder(task.hub_id)
+        builder = load_dataset_builder(hub_id)
         paths = (builder.config.data_files or {}).get(SPLIT, [])
         if not paths or not all(path.endswith(".parquet") for path in paths):
             raise ValueError(f"it has no split {SPLIT!r} in Parquet files")
@@ -45,7 +46,7 @@ def hub_source(task: Task) -> Source:
     guard = partial(_way_out, task, fetch.folder)
     with guard(), locked(fetch.folder, wait=True), ThreadPoolExecutor(CONNECTIONS) as pool:
         deque(pool.map(fetch.opened, paths), maxlen=0)  # so that the footers arrive together
-        source = parquet_source(paths, fetch.opened, guard, task.hub_id, builder.info.features)
+        source = parquet_source(paths, fetch.opened, guard, hub_id, builder.info.features)
 
     def bring(rows: np.ndarray) -> None:
         block_of = source.blocks[rows]
@@ -63,16 +64,18 @@ def hub_source(task: Task) -> Source:
 @contextmanager
 def _way_out(task: Task, folder: Path | None = None) -> Iterator[None]:
     """Turn what goes wrong into one line that says what to do. Pieces in `folder` that turn out damaged are deleted."""
-    local = f"use --demo for generated images, or --{task.key}_source for a local copy"
+    hub_id = task.source.removeprefix(HUB)
+    local = (f"use --demo for generated images, or --{task.key}_source for a local copy" if task.demo else
+             f"give a local copy: --task {task.key}=FOLDER")
     try:
         yield
     except DatasetNotFoundError as error:
-        raise UserError(f"the Hub has no dataset {task.hub_id} that you may read; {local}") from error
+        raise UserError(f"the Hub has no dataset {hub_id} that you may read; {local}") from error
     except (OSError, ValueError, TypeError, RuntimeError, DatasetsError, HTTPError, pa.ArrowException) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         if folder and not isinstance(error, HTTPError | ConnectionError):
             remove(folder)
-        raise UserError(f"{task.hub_id} could not be fetched from the Hub ({reason}); check the network and run the same "
+        raise UserError(f"{hub_id} could not be fetched from the Hub ({reason}); check the network and run the same "
                         f"command again, which goes on from here, or {local}") from error
 
 
@@ -82,7 +85,7 @@ class _Fetch:
     def __init__(self, task: Task, paths: list[str]):
         self.name, self.paths, self.files = task.name, paths, HfFileSystem()
         revision = self.files.resolve_path(paths[0]).revision
-        self.folder = cached_assets_path("context-gated-moe", task.hub_id, revision)
+        self.folder = cached_assets_path("context-gated-moe", task.source.removeprefix(HUB), revision)
         self.sizes = {path: self.files.info(path)["size"] for path in paths}
         self.footers: dict[str, pq.FileMetaData] = {}
         self.counting = threading.Lock()

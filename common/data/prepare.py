@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from common.data.splits import FEWEST, choose, grouped_split, random_split
 from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_splits
 from common.errors import UserError
 from common.files import locked, tidy, write_json, writing
-from common.tasks import Task
+from common.tasks import DOCUMENTED, HUB, Task, place, with_those_of
 
 GENERATED = "generated"  # the source of the demo's images
 
@@ -30,16 +31,26 @@ disable_progress_bars()
 
 
 
+def planned(config: PreparationConfig) -> list[Task]:
+    """The tasks that a command line is about: those of --task, else those of the root, else the documented two."""
+    if config.task:
+        tasks = config.own_tasks()
+        with_those_of(config.root, tasks)  # what speaks against their names is to be known before the work
+        return tasks
+    return with_those_of(config.root, []) or list(DOCUMENTED)
+
+
 def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
-    """Make the folder of prepared data of one task, unless it is there already; return its manifest.
+    """Make the folder of prepared data of one task, as the flags have it, unless it is there; return its manifest.
 
     Raises UserError if the source cannot be had or used, the folder holds data made with other settings, or another run is
     at work in the root folder.
     """
+    task = _as_asked(task, config)
     folder = Path(config.root) / task.dataset_folder
     wanted = {
-        "demo": config.demo, "source": _source_name(task, config), "seed": config.seed, "split": config.split,
-        "images_per_class": config.images_per_class, "requested_classes": getattr(config, f"{task.key}_classes"),
+        "demo": config.demo, "source": task.source.removeprefix(HUB), "seed": config.seed, "split": config.split,
+        "images_per_class": config.number_of_images(task), "requested_classes": list(task.classes),
     }
     with locked(folder.parent):
         tidy(folder)
@@ -65,19 +76,23 @@ def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
     return manifest
 
 
-def _source_name(task: Task, config: PreparationConfig) -> str:
-    local = getattr(config, f"{task.key}_source")
-    return str(Path(local).resolve()) if local else GENERATED if config.demo else task.hub_id
+def _as_asked(task: Task, config: PreparationConfig) -> Task:
+    """A documented task with the source and the classes that the flags give it; any other as it is."""
+    if not task.demo:
+        return task
+    source = getattr(config, f"{task.key}_source")
+    source = place(source) if source else GENERATED if config.demo else task.source
+    return replace(task, source=source, classes=tuple(getattr(config, f"{task.key}_classes")))
 
 
 def _source(task: Task, config: PreparationConfig) -> Source:
-    if local := getattr(config, f"{task.key}_source"):
-        return local_source(Path(local), task)
-    if not config.demo:
+    if task.source.startswith(HUB):
         return hub_source(task)
+    if task.source != GENERATED:
+        return local_source(Path(task.source), task)
     if config.images_per_class == "all":
         raise UserError("--images_per_class all needs a source with an end; --demo can generate any number, say how many")
-    return demo_source(task, config.seed, int(config.images_per_class))
+    return demo_source(task, config.seed, int(config.number_of_images(task)))
 
 
 def _write(

@@ -55,7 +55,7 @@ def local_source(source: Path, task: Task) -> Source:
 
     Raises UserError if there is nothing of the kind, or it cannot be read.
     """
-    flag = f"--{task.key}_source: {source}"
+    flag = task.source_flag
     if not source.exists():
         raise UserError(f"{flag} does not exist")
     if zipfile.is_zipfile(source):

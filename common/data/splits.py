@@ -20,22 +20,23 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
     Labels are positions in the list of classes. Raises UserError on a class that is not there or has too few images.
     """
     names = source.classes
-    classes = getattr(config, f"{task.key}_classes") or names[:CLASSES_PER_TASK]
+    classes = task.classes or (names[:CLASSES_PER_TASK] if task.demo else names)
     for name in classes:
         if name not in names:
-            raise UserError(f"--{task.key}_classes: there is no class {name!r}; there are {', '.join(names)}")
+            raise UserError(f"{task.classes_flag}: there is no class {name!r}; there are {', '.join(names)}")
         for other in names:
             if other != name and _folded(other) == _folded(name):
                 raise UserError(f"{task.name} has the classes {name!r} and {other!r}, which differ only by case; rename one "
                                 "of them")
     if len(set(classes)) < max(2, len(classes)):
-        raise UserError(f"--{task.key}_classes: needs two or more different classes, not {', '.join(classes)}")
+        raise UserError(f"{task.classes_flag}: needs two or more different classes, not {', '.join(classes)}")
     rng = np.random.default_rng(config.seed)
     turn = np.random.default_rng([config.seed, 1]).permutation(source.blocks.max(initial=0) + 1)
     chosen = []
     for name in classes:
         rows = rng.permutation(np.flatnonzero(source.labels == names.index(name)))
-        count = len(rows) if config.images_per_class == "all" else int(config.images_per_class)
+        number = config.number_of_images(task)
+        count = len(rows) if number == "all" else int(number) if task.demo else min(int(number), len(rows))
         if len(rows) < max(count, FEWEST):
             raise UserError(f"class {name!r} of {task.name} has {len(rows)} images, fewer than {max(count, FEWEST)}; "
                             "lower --images_per_class or choose other classes")

@@ -31,7 +31,7 @@ class ImageSet:
     """Examples in memory. inputs: images (N, 3, S, S) uint8 or features (N, D) float; labels: (N,) int64.
 
     mean, std: (3,) of the backbone's image processor, for pixels in [0, 1]; None for features.
-    tasks: (N,) int64, the position in TASKS of the task an image belongs to; only training of the mixture reads it.
+    tasks: (N,) int64, the position in the root's tasks of the one an image belongs to; only the mixture's training reads it.
     """
 
     inputs: torch.Tensor

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.data.sources import generator
-from common.tasks import TASKS, Task
+from common.tasks import DOCUMENTED, Task
 
 COLUMNS = 8
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write <task>.jpg into")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
+    for task in DOCUMENTED:
         contact_sheet(task, folder / f"{task.key}.jpg")
 
 

@@ -28,7 +28,7 @@ from common.results.metrics import (
     told_scores,
 )
 from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
-from common.tasks import TASKS
+from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.loop import Fit
@@ -220,7 +220,7 @@ class Results:
         path = self.top / SUMMARY_FILE
         table = read_summary(path)
         rows = table[table["method"] == self.name]
-        if set(rows["task"]) != {task.title for task in TASKS}:
+        if set(rows["task"]) != {task.title for task in read_tasks(self.config.root)}:
             raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
         print(as_text(rows))
         print(f"Results are in {self.folder}")

@@ -19,7 +19,7 @@ from common.data.prepare import prepare
 from common.data.sources import generator
 from common.data.tensors import ImageSet, TaskData, load_task
 from common.models import load_processor
-from common.tasks import TASKS
+from common.tasks import DOCUMENTED
 from common.training.loop import fit
 from tests.bench.measure import BF16, LIMIT, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
@@ -27,7 +27,7 @@ from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_
 
 def prepared_task(settings: Settings, enlarge: bool = False) -> TaskData:
     """The demo's first task in memory: 600 images to train on, 24 with `--quick`; stored, if so asked, at 320 x 320."""
-    task, count = TASKS[0], 10 if settings.quick else 250
+    task, count = DOCUMENTED[0], 10 if settings.quick else 250
     flags = ["--demo", "--root", str(settings.root), "--images_per_class", str(count)]
     if enlarge:
         source = settings.root / "enlarged"
@@ -53,7 +53,7 @@ def quiet_fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: T
 def on_the_fly(settings: Settings) -> Dataset:
     """The prepared training images, decoded, mirrored at random and resized whenever they are asked for."""
     processor = load_processor(str(DEMO_BACKBONE))
-    dataset = load_from_disk(str(settings.root / TASKS[0].dataset_folder))["train"]
+    dataset = load_from_disk(str(settings.root / DOCUMENTED[0].dataset_folder))["train"]
 
     def transform(rows: dict[str, list]) -> dict[str, object]:
         pictures = [image.convert("RGB") for image in rows["image"]]

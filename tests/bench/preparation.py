@@ -19,7 +19,7 @@ from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
 from common.data.prepare import prepare
 from common.errors import UserError
-from common.tasks import TASKS
+from common.tasks import DOCUMENTED
 from tests.bench.measure import Settings
 from tests.bench.scripts import PROJECT
 
@@ -61,7 +61,7 @@ def make(folder: Path, number: int) -> int:
 
 def main(source: str, root: str) -> None:
     """Prepare all images of the folder `source` as the video games of `root`."""
-    task = next(task for task in TASKS if task.key == "game")
+    task = DOCUMENTED[1]
     prepare(task, parse(PreparationConfig, ["--root", root, "--game_source", source, "--images_per_class", "all"]))
 
 
