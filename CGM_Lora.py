@@ -27,7 +27,8 @@ from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.evaluate import device_of, evaluate
-from common.training.loop import Fit, Loss, cross_entropy, fit
+from common.training.loop import Fit, fit
+from common.training.objective import Objective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 COMPARISON = "CGM_Lora_Comparison"
@@ -121,8 +122,9 @@ def train(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], 
     device = device_of(config)
     sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:WARM_START_IMAGES]
     model.to(device).warm_start(own[images.tasks[sample]], images.batch(sample).to(device))
-    loss = routing_loss(own, config.routing_weight)
-    return fit(model, images, validation, config, "CGM", loss=loss, checkpoint=checkpoint)
+    with model.record_gates() as gates:
+        objective = RoutingObjective(own, config.routing_weight, gates)
+        return fit(model, images, validation, config, "CGM", objective=objective, checkpoint=checkpoint)
 
 
 def load(folder: Path, config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
@@ -156,21 +158,32 @@ def mixture_name(experts: list[str]) -> str:
     return f"{'_'.join(experts)}_cgm_lora"
 
 
-def routing_loss(own: Tensor, weight: float) -> Loss:
-    """Cross-entropy plus `weight` times the mean over gates of -log(gate weight of the expert of the image's own task).
+class RoutingObjective(Objective):
+    """In training, cross-entropy plus `weight` times the mean over gates of -log(gate weight of the image's task's expert).
 
-    own: (tasks,) position of each task's expert. The known task is used here, in training, and nowhere else.
+    own: (tasks,) position of each task's expert. gates: those recorded of the last pass. The known task is used here, in
+    training, and nowhere else.
     """
 
-    def loss(model: ContextGatedMOE, inputs: Tensor, labels: Tensor, tasks: Tensor) -> tuple[Tensor, Tensor]:
-        with model.record_gates() as gates:
-            summed, logits = cross_entropy(model, inputs, labels, tasks)
-        weights = torch.stack(list(gates.values()))  # (layers, B, E)
-        expert = own.to(tasks.device)[tasks].expand(len(weights), -1)[..., None]  # (layers, B, 1)
-        surprise = -weights.gather(2, expert).clamp_min(1e-6).log()
-        return summed + weight * surprise.sum() / len(weights), logits
+    def __init__(self, own: Tensor, weight: float, gates: dict[str, Tensor]):
+        self.own, self.weight, self.gates = own, weight, gates
 
-    return loss
+    def labels(self, data: ImageSet) -> Tensor:
+        """Class and expert of every image (N, 2)."""
+        return torch.stack([data.labels, self.own.to(data.tasks.device)[data.tasks]], dim=1)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each image (B,)."""
+        losses = super().losses(logits, labels[:, 0])
+        if not logits.requires_grad:
+            return losses
+        weights = torch.stack(list(self.gates.values()))  # (layers, B, E)
+        expert = labels[:, 1].expand(len(weights), -1)[..., None]  # (layers, B, 1)
+        return losses - self.weight * weights.gather(2, expert).clamp_min(1e-6).log().mean(0)[:, 0]
+
+    def correct(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Which images are right (B,)."""
+        return super().correct(scores, labels[:, 0])
 
 
 def predict(model: ContextGatedMOE, data: ImageSet, config: MixtureConfig) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:

@@ -150,7 +150,7 @@ def test_accelerate_launches_two_processes(by_two, tmp_path):
 @pytest.mark.parametrize("total", [1, 2, 5, 8, 64])
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch, total, number):
-    monkeypatch.setattr(distributed, "count", lambda: number)
+    monkeypatch.setattr(distributed, "world_size", lambda: number)
     counted, lengths, all_rows = [], set(), []
     for rank in range(number):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

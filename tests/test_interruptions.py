@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from kill_resume import NEEDED, differences
 from pipeline import REPOSITORY, Workspace, files_in, hashes
-from test_training import CLASSES, examples, pictures, settings, trained, weights
+from trainings import CLASSES, examples, pictures, settings, trained, weights
 
 import CGM_Lora
 import Finetune
@@ -24,9 +25,11 @@ from common.cli.run import run
 from common.errors import UserError
 from common.files import locked, read_json, recover, write_json, writing
 from common.results.folder import Results
-from common.training import loop as training
 from common.training.checkpoint import Checkpoint
-from common.training.loop import cross_entropy, fit, stopping
+from common.training.evaluate import evaluate
+from common.training.interrupts import stopping
+from common.training.loop import fit
+from common.training.objective import Objective
 
 pytest_plugins = ["warm_process"]
 
@@ -175,7 +178,7 @@ def test_augmentation_and_dropout_go_on_too(monkeypatch, kept):
 def test_a_training_that_is_done_is_not_trained_again(monkeypatch, kept):
     config = settings()
     whole, history = trained(config, checkpoint=kept())
-    monkeypatch.setattr(training, "_train_epoch", None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
     again, history_again = trained(config, checkpoint=kept())
     assert torch.equal(again, whole) and history_again.equals(history)
 
@@ -261,34 +264,64 @@ def test_gradient_checkpointing_computes_the_blocks_twice(workspace, tasks):
     assert passes.count(True) == 2
 
 
-def test_too_little_memory_is_said_with_the_ways_out(monkeypatch):
-    def greedy(model, inputs, labels, tasks):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+class Greedy(Objective):
+    """An objective that takes more memory than there is."""
 
+    def __init__(self, most, after, message):
+        self.most, self.after, self.message, self.sizes = most, after, message, []
+
+    def losses(self, logits, labels):
+        """Cross-entropy, but of at most `most` images at once after the first `after` times, in training."""
+        losses = super().losses(logits, labels)
+        if logits.requires_grad:
+            self.sizes.append(len(labels))
+            if len(self.sizes) > self.after and len(labels) > self.most:
+                losses[0].backward()  # a part of the step is done already
+                raise RuntimeError(self.message)
+        return losses
+
+
+CUDA, CPU = "CUDA out of memory. Tried to allocate 20.00 GiB.", "DefaultCPUAllocator: can't allocate memory"
+
+
+def test_too_little_memory_is_said_with_the_ways_out():
     with pytest.raises(UserError, match="add --largest_batch, halve --batch_size .now 8. and double .* --gradient_check"):
-        trained(settings(), loss=greedy)
+        trained(settings(), objective=Greedy(0, 0, CUDA))
     with pytest.raises(UserError, match="out of memory; add --gradient_checkpointing"):
-        trained(settings(largest_batch=True), loss=greedy)
+        trained(settings(largest_batch=True), objective=Greedy(0, 0, CUDA))
 
 
-@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 20.00 GiB.", "DefaultCPUAllocator: can't allocate memory"])
+@pytest.mark.parametrize("message", [CUDA, CPU])
 def test_the_largest_batch_is_the_largest_part_of_a_step_that_fits(message, capsys):
-    sizes = []
-
-    def limited(model, inputs, labels, tasks):
-        sizes.append(len(inputs))
-        if len(sizes) > 1 and len(inputs) > 5:  # after the first step memory gets scarce
-            cross_entropy(model, inputs[:1], labels[:1], tasks)[0].backward()  # a part of the step is done already
-            raise RuntimeError(message)
-        return cross_entropy(model, inputs, labels, tasks)
-
-    data, config = examples(40), settings(epochs=2, batch_size=4, accumulation_steps=4)
+    data, config, limited = examples(40), settings(epochs=2, batch_size=4, accumulation_steps=4), Greedy(5, 1, message)
     expected = trained(config, data)
-    found = trained(dataclasses.replace(config, largest_batch=True), data, loss=limited)
-    assert sizes == [16, 16, 8, *[4] * 4, *[4] * 2, *[4] * 10]  # steps of 16, 16 and 8 images
+    found = trained(dataclasses.replace(config, largest_batch=True), data, objective=limited)
+    assert limited.sizes == [16, 16, 8, *[4] * 4, *[4] * 2, *[4] * 10]  # steps of 16, 16 and 8 images
     assert torch.allclose(found[0], expected[0], atol=1e-6)
     pd.testing.assert_frame_equal(found[1], expected[1], atol=1e-6)
     assert "test, epoch 1/2, step 1/3: out of memory, now 4 images at once" in capsys.readouterr().out
+
+
+def test_an_evaluation_takes_the_batches_that_fit(monkeypatch):
+    """Also one in the middle of a training; and one image that does not fit is one line."""
+    class Limited(torch.nn.Linear):
+        most, sizes = 5, []
+
+        def forward(self, x):
+            self.sizes.append(len(x))
+            if len(x) > self.most and not self.training:
+                raise torch.OutOfMemoryError(CUDA)
+            return super().forward(x)
+
+    model, data = Limited(6, CLASSES), examples(22)
+    plain = torch.nn.Linear(6, CLASSES)
+    plain.load_state_dict(model.state_dict())
+    expected, found = evaluate(plain, data, settings()), evaluate(model, data, settings())
+    assert model.sizes == [22, 11, 6, *[3] * 7, 1]
+    assert np.array_equal(found[0], expected[0]) and found[1] == pytest.approx(expected[1])
+    model.most = 0
+    with pytest.raises(UserError, match="out of memory for a single image"):
+        evaluate(model, data, settings())
 
 
 # ---- files ----

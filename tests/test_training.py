@@ -7,63 +7,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline import IMAGE_SIZE, tiny_beit
+from pipeline import tiny_beit
 from torch import nn
+from trainings import CLASSES, WIDTH, examples, head, pictures, settings, trained, weights
 
-from common.cli.flags import BaseModelConfig
-from common.data.tensors import ImageSet
 from common.errors import UserError
 from common.results.metrics import confusion, predictions_table, scores
 from common.training import evaluate as evaluation
 from common.training.evaluate import evaluate, features
-from common.training.loop import cross_entropy, fit
+from common.training.loop import fit
+from common.training.objective import JointObjective, Objective
 from common.training.schedule import layer_decay_groups, warmup_cosine
 
-WIDTH, CLASSES = 6, 3
 WEIGHT_LEVELS = {  # of a BEiT with two blocks: how many times the decay applies
     "classifier": 0, "beit.pooler": 0, "beit.layers.1": 1, "beit.layers.0": 2, "beit.embeddings": 3,
 }
-
-
-def settings(**changes):
-    """Settings of a short training in fp32 on the CPU."""
-    small = {"device": "cpu", "precision": "fp32", "epochs": 3, "batch_size": 8, "accumulation_steps": 1,
-             "learning_rate": 0.05}
-    return BaseModelConfig(**{**small, **changes})
-
-
-def examples(count, seed=0):
-    """Features (N, 6) with labels that follow from them, but for some noise."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, WIDTH, generator=generator)
-    noise = torch.randn(count, CLASSES, generator=generator)
-    return ImageSet(inputs, (inputs[:, :CLASSES] + noise).argmax(1))
-
-
-def pictures(count, seed=0):
-    """Random images (N, 3, 32, 32) with random labels."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(256, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(CLASSES, (count,), generator=generator)
-    return ImageSet(images, labels, torch.full((3,), 0.5), torch.full((3,), 0.5))
-
-
-def head(seed=0):
-    """A fresh linear head."""
-    torch.manual_seed(seed)
-    return nn.Linear(WIDTH, CLASSES)
-
-
-def weights(model):
-    """A copy of the parameters as one vector."""
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-
-
-def trained(config, train=None, validation=None, **how):
-    """The weights of a fresh head after training, and the history."""
-    model = head()
-    history = fit(model, train or examples(21), validation or examples(16, seed=1), config, "test", **how).history
-    return weights(model), history
 
 
 # ---- fit ----
@@ -118,26 +76,53 @@ def test_the_training_loss_is_the_mean_over_images_not_over_batches():
     assert history["training_accuracy"] == pytest.approx((logits.argmax(1) == train.labels).double().mean().item())
 
 
-def test_the_history_tells_the_cross_entropy_whatever_is_minimised():
-    def doubled(model, inputs, labels, tasks):
-        summed, logits = cross_entropy(model, inputs, labels, tasks)
-        return 2 * summed + 7, logits
+class Halved(Objective):
+    """Half the cross-entropy; images count 1, 2, 3 in turn; the first class is always right."""
 
-    config = settings(learning_rate=0)
-    assert trained(config)[1].equals(trained(config, loss=doubled)[1])
+    def weights(self, data):
+        return 1 + torch.arange(len(data)) % 3.0
+
+    def losses(self, logits, labels):
+        return super().losses(logits, labels) / 2
+
+    def correct(self, scores, labels):
+        return scores.argmax(1) == 0
 
 
-def test_the_loss_is_told_the_task_of_every_image():
-    train = dataclasses.replace(examples(21), tasks=torch.arange(21))
-    seen = []
+def test_training_and_validation_are_scored_by_the_objective():
+    """Without learning, both are weighted means over their images."""
+    train, validation, objective = examples(21), examples(16, seed=1), Halved()
+    row = trained(settings(learning_rate=0, epochs=1), train, validation, objective=objective)[1].iloc[0]
+    for part, data in (("training", train), ("validation", validation)):
+        with torch.no_grad():
+            logits, weights = head()(data.inputs), objective.weights(data)
+        losses = F.cross_entropy(logits, data.labels, reduction="none") / 2
+        assert row[f"{part}_loss"] == pytest.approx(((losses * weights).sum() / weights.sum()).item(), abs=1e-6)
+        right = (logits.argmax(1) == 0) * weights
+        assert row[f"{part}_accuracy"] == pytest.approx((right.sum() / weights.sum()).item(), abs=1e-6)
 
-    def noting(model, inputs, labels, tasks):
-        seen.append((inputs, tasks))
-        return cross_entropy(model, inputs, labels, tasks)
 
-    trained(settings(epochs=1), train, loss=noting)
-    assert sorted(torch.cat([tasks for _, tasks in seen]).tolist()) == list(range(21))
-    assert all(torch.equal(inputs, train.inputs[tasks]) for inputs, tasks in seen)
+def test_tasks_weigh_alike_however_many_images_they_have():
+    """Joint cross-entropy of tasks of 12 and 3 images with 2 and 1 classes: the mean of the tasks' means."""
+    data = dataclasses.replace(examples(15), labels=torch.tensor([0, 1] * 6 + [0] * 3), tasks=torch.tensor([0] * 12 + [1] * 3))
+    objective, joint = JointObjective(torch.tensor([0, 2])), torch.tensor([0, 1] * 6 + [2] * 3)
+    assert torch.equal(objective.labels(data), joint)
+    with torch.no_grad():
+        losses = F.cross_entropy(head()(data.inputs), joint, reduction="none")
+    expected = pytest.approx((losses[:12].mean() + losses[12:].mean()).item() / 2, abs=1e-6)
+    assert evaluate(head(), data, settings(), objective)[1] == expected
+    assert trained(settings(epochs=1, learning_rate=0), data, data, objective=objective)[1]["training_loss"][0] == expected
+
+
+@pytest.mark.parametrize("epochs, learning_rate", [(0, 0.05), (2, 0.05), (2, 1e6)])
+def test_the_model_as_it_comes_can_be_the_chosen_one(epochs, learning_rate):
+    """It is where there is no training, or one that makes it worse."""
+    start, config = weights(head()), settings(epochs=epochs, learning_rate=learning_rate, warmup_epochs=0)
+    found, history = trained(config, start_counts=True)
+    assert history["epoch"].tolist() == list(range(epochs + 1)) and history.loc[0, :"training_loss"].isna().sum() == 1
+    assert history["validation_loss"][0] == pytest.approx(evaluate(head(), examples(16, seed=1), config)[1])
+    assert history["chosen"][0] == torch.equal(found, start) == (learning_rate > 1 or epochs == 0)
+    assert history["chosen"].sum() == 1 and history.drop(0).notna().all(axis=None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from functools import wraps
 from typing import Any, NoReturn, TypeVar
@@ -10,9 +10,10 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate.utils import gather, reduce
 from accelerate.utils.environment import get_cpu_distributed_information
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -47,7 +48,7 @@ def part() -> None:
         dist.destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes work on this run together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -67,27 +68,21 @@ def on_main(function: Function) -> Function:
 
 
 def any_of(flag: bool) -> bool:
-    """True if it is true in any process."""
-    if count() == 1:
-        return flag
-    return add_up([torch.tensor(float(flag), device=PartialState().device)])[0].item() > 0
+    """True if it is true in any process. A barrier: all processes wait for each other."""
+    return flag if world_size() == 1 else all_reduce([torch.tensor(float(flag), device=PartialState().device)])[0].item() > 0
 
 
-def add_up(tensors: list[Tensor]) -> list[Tensor]:
-    """The sums of these tensors over all processes."""
-    if count() == 1:
-        return tensors
-    flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
-    dist.all_reduce(flat)
-    return [part.view(tensor.shape).to(tensor.dtype)
-            for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)]
+def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
+    """The sum of each of these tensors over all processes."""
+    return tensors if world_size() == 1 else reduce(tensors, "sum")
 
 
-def same_as_main(tensors: Iterable[Tensor]) -> None:
-    """Put the main process's values into these tensors."""
-    if count() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.data, 0)
+def parallel(model: nn.Module) -> nn.Module:
+    """The model such that a backward pass leaves, in all processes, the mean of their gradients; all get the weights of the
+    first. Gradients are added up while the rest of the backward pass is computed."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def share(total: int) -> tuple[Tensor, int]:
@@ -95,14 +90,14 @@ def share(total: int) -> tuple[Tensor, int]:
 
     All processes have equally many; where that does not come out even, the last row is repeated and does not count.
     """
-    each = -(-total // count())
+    each = -(-total // world_size())
     first = rank() * each
     return torch.arange(first, first + each).clamp_max(total - 1), min(max(total - first, 0), each)
 
 
 def gathered(own: Tensor, total: int) -> Tensor:
     """What belongs to all `total` rows, in order, from what belongs to the rows of this process's share."""
-    return own if count() == 1 else gather(own.to(PartialState().device))[:total]
+    return own if world_size() == 1 else gather(own.to(PartialState().device))[:total]
 
 
 def lost(error: Exception) -> bool:

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
@@ -13,6 +12,8 @@ from common.cli.flags import HardwareFlags
 from common.data.tensors import ImageSet
 from common.errors import UserError
 from common.training import distributed
+from common.training.memory import in_batches
+from common.training.objective import CROSS_ENTROPY, Objective
 
 EVALUATION_BATCH = 64
 
@@ -25,7 +26,7 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def device_of(config: HardwareFlags) -> torch.device:
     """The device to compute on. Raises UserError if it does not exist."""
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         if config.device not in ("auto", "cpu"):
             raise UserError(f"--device {config.device} is one for several processes; leave it out or give --device cpu")
         return PartialState().device
@@ -52,28 +53,31 @@ def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextMana
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags,
-             after_batch: Callable[[], None] | None = None) -> tuple[np.ndarray, float]:
-    """Class probabilities (N, C) in order, and the mean loss, in evaluation mode and fp32.
+def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags, objective: Objective = CROSS_ENTROPY,
+             after_batch: Callable[[], None] | None = None, between: Callable[[], None] | None = None,
+             ) -> tuple[np.ndarray, float]:
+    """Class probabilities (N, C) in order, and the weighted mean loss, in evaluation mode and fp32.
 
-    after_batch: called after each forward pass, to look at what the model recorded. Several processes have a share of the
-    rows each (`distributed.share`) and all return the whole.
+    after_batch: called after each forward pass, to look at what the model recorded. between: called equally often in all
+    processes, which have a share of the rows each (`distributed.share`) and all return the whole.
     """
     device = device_of(config)
     model.to(device).eval()
     data = data.to(device)
+    labels, weights = objective.labels(data), objective.weights(data)
     total, probabilities = torch.zeros((), device=device), []
-    own, left = distributed.share(len(data))
-    for rows in own.split(EVALUATION_BATCH):
-        logits = logits_of(model, data.batch(rows)).float()
-        counted = min(max(left, 0), len(rows))
-        total += F.cross_entropy(logits[:counted], data.labels[rows[:counted]], reduction="sum")
-        left -= len(rows)
-        probabilities.append(logits.softmax(1))
-        if after_batch is not None:
-            after_batch()
-    (total,) = distributed.add_up([total])
-    return distributed.gathered(torch.cat(probabilities), len(data)).cpu().numpy(), total.item() / len(data)
+    own, counted = distributed.share(len(data))
+    for batch in own.split(EVALUATION_BATCH):
+        for rows, logits in in_batches(batch, EVALUATION_BATCH, lambda rows: logits_of(model, data.batch(rows)).float()):
+            kept, counted = rows[:counted], max(counted - len(rows), 0)
+            total += (objective.losses(logits[: len(kept)], labels[kept]) * weights[kept]).sum()
+            probabilities.append(logits.softmax(1))
+            if after_batch is not None:
+                after_batch()
+        if between is not None:
+            between()
+    (total,) = distributed.all_reduce([total])
+    return distributed.gathered(torch.cat(probabilities), len(data)).cpu().numpy(), total.item() / weights.sum().item()
 
 
 @torch.no_grad()
@@ -83,5 +87,6 @@ def features(model: nn.Module, data: ImageSet, config: HardwareFlags) -> ImageSe
     model.to(device).eval()
     data = data.to(device)
     own, _ = distributed.share(len(data))
-    pooled = [model.beit(data.batch(rows)).pooler_output for rows in own.split(EVALUATION_BATCH)]
+    pooled = [result for _, result in in_batches(
+        own, EVALUATION_BATCH, lambda rows: model.beit(data.batch(rows)).pooler_output)]
     return ImageSet(distributed.gathered(torch.cat(pooled), len(data)), data.labels)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitForImageClassification
@@ -11,7 +12,7 @@ from transformers import BeitConfig, BeitForImageClassification
 from common.cli.flags import DEMO_BACKBONE
 from common.models import LORA_TARGETS, add_lora, load_backbone
 from common.training.kernels import ATTENTION
-from common.training.loop import cross_entropy
+from common.training.evaluate import logits_of
 from ContextGatedMOE import ContextGatedMOE, Expert
 from tests.bench.measure import Settings
 
@@ -99,8 +100,8 @@ def training_step(model: nn.Module, batch: tuple[Tensor, Tensor], settings: Sett
     def run() -> None:
         model.train()
         with settings.autocast(precision):
-            loss, _ = cross_entropy(model, inputs, labels, None)
-        (loss / len(labels)).backward()
+            loss = F.cross_entropy(logits_of(model, inputs).float(), labels)
+        loss.backward()
         adam.step()
         adam.zero_grad()
 
