@@ -4,7 +4,7 @@ import torch
 from pipeline import IMAGE_SIZE
 from torch import nn
 
-from common.cli.flags import BaseModelConfig
+from common.cli.flags import MixtureConfig
 from common.data.tensors import ImageSet
 from common.training.loop import fit
 
@@ -14,7 +14,7 @@ def settings(**changes):
     """Settings of a short training in fp32 on the CPU."""
     small = {"device": "cpu", "precision": "fp32", "epochs": 3, "batch_size": 8, "accumulation_steps": 1,
              "learning_rate": 0.05}
-    return BaseModelConfig(**{**small, **changes})
+    return MixtureConfig(**{**small, **changes})
 
 
 def examples(count, seed=0):

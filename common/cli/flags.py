@@ -207,6 +207,8 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
     """Settings of CGM_Lora.py."""
 
     _argument_group_name: ClassVar[str] = "comparison"
+    lowest: ClassVar[dict[str, float]] = {**RunFlags.lowest, "epochs": 0}
+    epochs: int = option(25, "passes over the training images; 0 keeps the gates as they start")
     learning_rate: float = option(2e-3, "peak learning rate of the gates")
     compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")

@@ -11,8 +11,8 @@ from transformers import BeitConfig, BeitForImageClassification
 
 from common.cli.flags import DEMO_BACKBONE
 from common.models import LORA_TARGETS, add_lora, load_backbone
-from common.training.kernels import ATTENTION
 from common.training.evaluate import logits_of
+from common.training.kernels import ATTENTION
 from ContextGatedMOE import ContextGatedMOE, Expert
 from tests.bench.measure import Settings
 
