@@ -12,8 +12,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from accelerate.utils.environment import get_cpu_distributed_information
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -75,14 +74,6 @@ def any_of(flag: bool) -> bool:
 def all_reduce(tensors: list[Tensor]) -> list[Tensor]:
     """The sum of each of these tensors over all processes."""
     return tensors if world_size() == 1 else reduce(tensors, "sum")
-
-
-def parallel(model: nn.Module) -> nn.Module:
-    """The model such that a backward pass leaves, in all processes, the mean of their gradients; all get the weights of the
-    first. Gradients are added up while the rest of the backward pass is computed."""
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def share(total: int) -> tuple[Tensor, int]:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -108,6 +109,16 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
     return Fit(history, state.spent(), len(train) * config.epochs)
 
 
+def _parallel(model: nn.Module, train: ImageSet) -> DistributedDataParallel:
+    """The model such that a backward pass leaves in all processes the mean of their gradients, which is computed while the
+    pass goes on. All processes get the first one's weights."""
+    logits_of(model, train.batch(torch.zeros(1, dtype=torch.int64))).sum().backward()
+    unused = any(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.zero_grad()
+    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=unused,
+                                   gradient_as_bucket_view=True)
+
+
 class _Run:
     """A model, what it learns from, and the state of its training. at_once: images that are computed at once."""
 
@@ -116,7 +127,7 @@ class _Run:
         self.config: TrainingFlags = state.config
         self.labels, self.weights = objective.labels(train), objective.weights(train)  # each (N,)
         self.weight = self.weights.sum().item()
-        self.parallel = distributed.parallel(model)  # starts all processes with the weights of the first
+        self.parallel = _parallel(model, train) if distributed.world_size() > 1 else model
         own_share = math.ceil(state.step_size / distributed.world_size())
         self.at_once = own_share if self.config.largest_batch else self.config.batch_size
 
