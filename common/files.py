@@ -1,6 +1,5 @@
 """Files that are whole or not there at all: atomic writing, locks, JSON, CSV."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -8,9 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from common.errors import UserError
@@ -81,32 +80,21 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     Raises UserError if another process holds it, unless `wait`. Where no lock can be had, as on a file system that has
     none or cannot be written to, it goes on without.
     """
-    path, held = folder / LOCK_FILE, None
+    lock = FileLock(folder / LOCK_FILE, blocking=wait, fallback_to_soft=False)  # a soft one would outlive the process
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while held is None or not _is_at(path, held):  # who held it before may have deleted it meanwhile
-            held = path.open("w")
-            _locks.add(held)
-            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
+        lock.acquire()
+    except Timeout as error:
         raise UserError(f"another run is at work in {folder}; wait until it has ended, or choose another --root") from error
     except OSError:
-        held = None
+        pass
     try:
         yield
     finally:
-        if held is not None:
-            path.unlink(missing_ok=True)
-            held.close()
-
-
-_locks: WeakSet[IO[str]] = WeakSet()
-# A forked process would hold its parent's locks, and might live longer.
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        if lock.is_locked:
+            with suppress(OSError):  # Windows keeps files that are open
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def remove(path: Path) -> None:

@@ -467,6 +467,12 @@ def test_finished_results_in_a_folder_that_cannot_be_written_to_are_shown(monkey
             raise PermissionError(13, "Permission denied", str(path))
         return open_any(path, mode, *how, **named)
 
+    def open_only(path, flags, *how, open_any=os.open, **named):
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_any(path, flags, *how, **named)
+
     monkeypatch.setattr(Path, "open", open_to_read)
+    monkeypatch.setattr(os, "open", open_only)  # as locks are made
     workspace.run("Benchmark")
     assert "Benchmark is finished already" in capsys.readouterr().out
