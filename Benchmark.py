@@ -1,16 +1,17 @@
 """Step 3: the pretrained backbone with an untrained head, per task: what a model knows of the classes before training."""
 
-from common import models
 from common.cli.flags import BenchmarkConfig
 from common.cli.run import run
-from common.data.tensors import load_task
-from common.results.folder import Results
-from common.tasks import read_tasks
-from common.training.evaluate import evaluate
 
 
 def main(config: BenchmarkConfig) -> None:
     """Predict every test split and write predictions and confusion matrices."""
+    from common import models  # here, so that --help is there at once
+    from common.data.tensors import load_task
+    from common.results.folder import Results
+    from common.tasks import read_tasks
+    from common.training.evaluate import evaluate
+
     with Results(config, "Benchmark", "Benchmark") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]

@@ -6,15 +6,17 @@
 from pathlib import Path
 
 from common.cli.flags import PreparationConfig
+from common.cli.processes import launched
 from common.cli.run import run
-from common.data.prepare import planned, prepare
-from common.tasks import add_tasks
-from common.training.distributed import on_main
 
 
-@on_main
 def main(config: PreparationConfig) -> None:
     """Prepare every task that is asked for, and print what there is."""
+    from common.data.prepare import planned, prepare  # here, so that --help is there at once
+    from common.tasks import add_tasks
+
+    if launched()[0]:  # one process does it
+        return
     tasks = planned(config)
     for task in tasks:
         manifest = prepare(task, config)

@@ -1,18 +1,19 @@
 """Step 4: full fine-tuning, all weights of the pretrained backbone and a new head, one model per task."""
 
-from common import models
 from common.cli.flags import FinetuneConfig
 from common.cli.run import run
-from common.data.tensors import load_task
-from common.results.folder import Results
-from common.tasks import read_tasks
-from common.training.evaluate import evaluate
-from common.training.loop import fit
-from common.training.schedule import layer_decay_groups
 
 
 def main(config: FinetuneConfig) -> None:
     """Fine-tune, evaluate and write one model per task."""
+    from common import models  # here, so that --help is there at once
+    from common.data.tensors import load_task
+    from common.results.folder import Results
+    from common.tasks import read_tasks
+    from common.training.evaluate import evaluate
+    from common.training.loop import fit
+    from common.training.schedule import layer_decay_groups
+
     with Results(config, "Finetune", "Finetune") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]

@@ -1,20 +1,21 @@
 """Step 2: a base model per task, the pretrained backbone with a head trained on its frozen features."""
 
-from torch import nn
-
-from common import models
 from common.cli.flags import BaseModelConfig
 from common.cli.run import run
-from common.data.tensors import load_task
-from common.results.folder import Results
-from common.results.metrics import predictions_table
-from common.tasks import read_tasks
-from common.training.evaluate import evaluate, features
-from common.training.loop import fit
 
 
 def main(config: BaseModelConfig) -> None:
     """Train the heads and write the base models, where LoRA and the mixture start."""
+    from torch import nn  # here, so that --help is there at once
+
+    from common import models
+    from common.data.tensors import load_task
+    from common.results.folder import Results
+    from common.results.metrics import predictions_table
+    from common.tasks import read_tasks
+    from common.training.evaluate import evaluate, features
+    from common.training.loop import fit
+
     with Results(config, "Base_Models", "Generate_Base_Model") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]

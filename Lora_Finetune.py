@@ -1,17 +1,18 @@
 """Step 5: LoRA fine-tuning, one adapter with its head per task, starting from the base models."""
 
-from common import models
 from common.cli.flags import LoraConfig
 from common.cli.run import run
-from common.data.tensors import load_task
-from common.results.folder import Results
-from common.tasks import read_tasks
-from common.training.evaluate import evaluate
-from common.training.loop import fit
 
 
 def main(config: LoraConfig) -> None:
     """Train, evaluate and write one LoRA expert per task."""
+    from common import models  # here, so that --help is there at once
+    from common.data.tensors import load_task
+    from common.results.folder import Results
+    from common.tasks import read_tasks
+    from common.training.evaluate import evaluate
+    from common.training.loop import fit
+
     with Results(config, "Lora_Finetune", "Lora_Finetune") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from transformers import (
     BeitForImageClassification,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.cli.flags import RunFlags
+from common.cli.parser import command
 from common.data.tensors import TaskData
 from common.errors import UserError
 from common.files import read_json, recover, write_json, writing
-from common.provenance import PROVENANCE_FILE, command, differences, file_hashes, tensor_fingerprint
+from common.provenance import PROVENANCE_FILE, differences, file_hashes, tensor_fingerprint
 from common.tasks import Task
 from common.training.distributed import on_main
 from common.training.kernels import ATTENTION, LoraLinear
@@ -36,9 +36,6 @@ from common.training.kernels import ATTENTION, LoraLinear
 HEAD = "classifier"
 # The six linear layers of a BEiT block, as the installed transformers names them.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-logging.set_verbosity_error()  # what loading leaves out or makes new is checked here, not printed
-logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by an old name
 
 
 def load_processor(name: str) -> BaseImageProcessor:

@@ -2,15 +2,12 @@
 
 import hashlib
 import importlib.metadata
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from common.cli.flags import RunFlags
 
 PROVENANCE_FILE = "provenance.json"
 
@@ -55,11 +52,3 @@ def changes(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """What differs in what two results were made from: a backbone of the same weights is the same wherever it lies."""
     same = there.get("backbone") == wanted["backbone"]
     return differences(there, {**wanted, "model": there.get("model")} if same else wanted)
-
-
-def command(script: str, config: RunFlags) -> str:
-    """The command line that runs `script` on the same root with the same model and seed, for messages."""
-    defaults = {**vars(RunFlags), **(RunFlags.demo_defaults if config.demo else {})}
-    given = [f"--{name} {shlex.quote(str(getattr(config, name)))}" for name in ("root", "model", "seed")
-             if getattr(config, name) != defaults[name]]
-    return " ".join(["python", f"{script}.py", *(["--demo"] if config.demo else []), *given])

@@ -1,18 +1,17 @@
 """Fixtures of the whole test set: tiny backbones on disk, and one workspace in which all six scripts have run."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than one only wait for each other on models this small
+from common.cli.run import set_up_libraries
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a plain `pytest`, from any folder, finds the scripts
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than one only wait for each other on models this small
+set_up_libraries()
 
 from pipeline import Workspace, save_tiny_backbone  # noqa: E402
 
-from common.cli.flags import SCRIPTS
+from common.cli.flags import SCRIPTS  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ IMAGE_SIZE = 32
 ON_CPU = ["--device", "cpu"]
 TRAINING = [*ON_CPU, "--epochs", "2", "--batch_size", "8"]
 SMALL = {"Data_Preparation": ["--images_per_class", "10"], "Benchmark": ON_CPU}  # the other scripts train
+METHODS = ["Base_Models", "Benchmark", "Finetune", "Lora_Finetune", "CGM_Lora"]
 # Method -> how the files of its predictions begin.
 PREDICTIONS = {"Benchmark": "Benchmark", "Finetune": "Finetuned", "Lora_Finetune": "Lora", "CGM_Lora": "CGM_Lora"}
 

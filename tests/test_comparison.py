@@ -12,11 +12,11 @@ from PIL import Image
 from pipeline import Workspace, hashes
 from safetensors.torch import load_file
 
-import CGM_Lora
 from common import models
 from common.comparison import methods as comparison
 from common.comparison import score
 from common.comparison.methods import MERGES, earlier_formulation, headless, merge
+from common.comparison.mixture import build
 from common.comparison.score import EARLIER, JOINT, MIXTURE, ORACLE, Comparison, mixed_test
 from common.data.tensors import ImageSet
 from common.errors import UserError
@@ -37,7 +37,7 @@ def config(workspace):
 @pytest.fixture
 def mixture(config, tasks):
     """A mixture of the workspace's experts with random gates."""
-    return randomise_gates(CGM_Lora.build(config, tasks)).eval()
+    return randomise_gates(build(config, tasks)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_a_comparison_goes_with_its_mixture(compared, tmp_path):
 def test_tasks_with_different_numbers_of_classes_are_refused_by_flag(config, tasks):
     odd = [tasks[0], type(tasks[1])(**{**vars(tasks[1]), "classes": tasks[1].classes[:3]})]
     with pytest.raises(UserError, match=r"fire 4, game 3.*--fire_classes and --game_classes") as refusal:
-        CGM_Lora.build(config, odd)
+        build(config, odd)
     assert "\n" not in str(refusal.value)
 
 

@@ -11,6 +11,7 @@ from kill_resume import NEEDED, differences
 from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
 from safetensors.numpy import load_file
 
+from common.cli import processes
 from common.training import distributed
 
 pytest_plugins = ["warm_process"]
@@ -114,12 +115,14 @@ def test_what_is_wrong_is_said_once(warm_process, workspace, mutable, script, fl
 
 def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
     script = tmp_path / "faulty.py"
-    script.write_text("from common import processes\nfrom common.config import BenchmarkConfig, run\n\n"
+    script.write_text("from common.cli.flags import BenchmarkConfig\nfrom common.cli.run import run\n"
+                      "from common.training import distributed\n\n"
                       "def main(config):\n    if distributed.rank() == 1:\n        1 / 0\n    distributed.any_of(False)\n\n"
                       "run(main, BenchmarkConfig)\n")
     ended = warm_process.run(script, "--device", "cpu", processes=2)
-    assert ended.status and ended.errors.startswith("Traceback (most recent call last):\n")
-    assert ended.errors.rstrip().endswith("ZeroDivisionError: division by zero")
+    assert ended.status and ended.errors.count("rank 1: Traceback (most recent call last):\n") == 1
+    assert "\nZeroDivisionError: division by zero\nrank 1: faulty.py: unexpected ZeroDivisionError" in ended.errors
+    assert ended.errors.count("Traceback") == 1
 
 
 def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
@@ -166,5 +169,5 @@ def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch, 
 def test_accelerate_on_cpus_is_told_how_to_start_more_than_one_process(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    distributed.hush()
+    processes.join("cpu")
     assert "--multi_gpu --num_processes N" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,14 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from kill_resume import NEEDED, differences
-from pipeline import REPOSITORY, Workspace, files_in, hashes
+from pipeline import Workspace, files_in, hashes
 from trainings import CLASSES, examples, pictures, settings, trained, weights
 
-import CGM_Lora
 import Finetune
 from common import models
 from common.cli.flags import SCRIPTS
 from common.cli.run import run
+from common.comparison import mixture
 from common.errors import UserError
 from common.files import locked, read_json, recover, write_json, writing
 from common.results.folder import Results
@@ -131,18 +130,6 @@ def test_a_signal_outside_of_training_has_its_usual_effect():
         time.sleep(60)
 
 
-def test_run_all_leaves_a_script_the_time_to_save():
-    """It is asked to end itself, asks the script, and tells the script's own status."""
-    script = ("import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint(flush=True)\n"
-              "time.sleep(60)")
-    code = f"from common.run_all import wait_for\nprint(wait_for([{sys.executable!r}, '-c', {script!r}]))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.read() == "7\n"
-
-
 # ---- fit and its checkpoint ----
 
 
@@ -245,8 +232,8 @@ def test_gradient_checkpointing_gives_the_same_weights(workspace, tasks, script)
     for flags in ([], ["--gradient_checkpointing"]):
         config = workspace.config(script, "--epochs", "1", *flags)
         if script == "CGM_Lora":
-            model = CGM_Lora.build(config, tasks)
-            CGM_Lora.train(model, config, tasks)
+            model = mixture.build(config, tasks)
+            mixture.train(model, config, tasks)
         else:
             base = models.load_backbone(config.model, tasks[0].classes, config.seed)
             model = base if script == "Finetune" else models.add_lora(base, 4, 8, 0)

@@ -14,13 +14,12 @@ import torch
 from datasets import load_from_disk
 from peft import PeftModel
 from PIL import Image
-from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
+from pipeline import METHODS, PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, BeitForImageClassification, BeitImageProcessorPil
 
-from common import models, run_all
-from common.cli.flags import SCRIPTS, RunAllConfig
-from common.cli.parser import parse
+from common import models
+from common.cli.flags import SCRIPTS
 from common.errors import UserError
 from common.files import read_json
 from common.results.metrics import confusion, scores
@@ -32,7 +31,6 @@ from ContextGatedMOE import ContextGatedMOE
 
 TITLES = {"fire": "Fire_Risk", "game": "Game"}
 KEYS = list(TITLES)
-METHODS = ["Base_Models", "Benchmark", "Finetune", "Lora_Finetune", "CGM_Lora"]
 EVERY_ROW = [(method, title) for method in METHODS for title in TITLES.values()]  # of the summary
 HISTORIES = {
     "Base_Models": ["fire_base", "game_base"],
@@ -500,61 +498,7 @@ def test_cached_features_are_those_of_the_backbone(workspace, tasks):
     assert torch.allclose(features(model, tasks[0].test, workspace.config("Benchmark")).inputs, expected, atol=1e-6)
 
 
-# ---- run_all and the command line ----
-
-SHARED_FLAGS = [
-    "--demo", "--root", "some where", "--seed", "5", "--model", "a/b", "--overwrite", "--images_per_class", "7",
-    "--fire_source", "photos", "--fire_classes", "low", "high risk", "--game_classes", "chess", "go",
-]
-
-
-@every_script
-@pytest.mark.parametrize("flags", [[], ["--demo"], SHARED_FLAGS], ids=["none", "demo", "all"])
-def test_run_all_hands_its_flags_on(script, flags):
-    """Every setting that run_all and a script share has, in the script, the value it has in run_all."""
-    given = parse(RunAllConfig, flags)
-    received = parse(SCRIPTS[script], run_all._flags(given, SCRIPTS[script]))
-    assert {name: value for name, value in vars(given).items() if name in vars(received)} == {
-        name: value for name, value in vars(received).items() if name in vars(given)}
-
-
-@pytest.mark.parametrize("flags", [[], ["--demo"]], ids=["none", "demo"])
-@every_script
-def test_run_all_leaves_the_other_defaults_alone(script, flags):
-    received = parse(SCRIPTS[script], run_all._flags(parse(RunAllConfig, flags), SCRIPTS[script]))
-    assert received == parse(SCRIPTS[script], flags)
-
-
-def record_commands(monkeypatch, failing=None):
-    """Let run_all start nothing; return the list of scripts it would have started. `failing` ends with status 2."""
-    started = []
-
-    def start(command):
-        started.append(command[1].stem)
-        return 2 if command[1].stem == failing else 0
-
-    monkeypatch.setattr(run_all, "wait_for", start)
-    return started
-
-
-def test_run_all_runs_the_six_scripts_in_order(workspace, monkeypatch):
-    started = record_commands(monkeypatch)
-    run_all.main(parse(RunAllConfig, ["--demo", "--root", str(workspace.root)]))
-    assert started == ["Data_Preparation", "Generate_Base_Model", "Benchmark", "Finetune", "Lora_Finetune", "CGM_Lora"]
-
-
-def test_run_all_ends_with_the_summary_of_all_methods(workspace, monkeypatch, capsys):
-    record_commands(monkeypatch)
-    run_all.main(parse(RunAllConfig, ["--demo", "--root", str(workspace.root)]))
-    summary = capsys.readouterr().out.partition("== Summary ==")[2]
-    assert all(summary.count(f"{method} ") >= 2 for method in METHODS)
-
-
-def test_run_all_stops_at_the_first_failure(workspace, monkeypatch):
-    started = record_commands(monkeypatch, failing="Benchmark")
-    with pytest.raises(UserError, match="Benchmark.py ended with status 2"):
-        run_all.main(parse(RunAllConfig, ["--demo", "--root", str(workspace.root)]))
-    assert started == ["Data_Preparation", "Generate_Base_Model", "Benchmark"]
+# ---- the command line ----
 
 
 def start(script, *flags, cwd):

@@ -1,46 +1,89 @@
-"""Running a script: what its user can fix becomes one line and exit status 2."""
+"""Running a script: settings of its libraries, signals, and what is said when it cannot go on."""
 
+import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from safetensors import SafetensorError
-
+from common.cli import processes
 from common.cli.parser import Config, parse
 from common.errors import UserError
-from common.training import distributed
+
+# What libraries are told before they are imported. What they would log or draw a bar for is told by the scripts; whoever
+# wants to see it all the same sets these variables.
+LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "critical",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "MPLBACKEND": "agg",
+}
+
+
+def set_up_libraries() -> None:
+    """Set the libraries' log levels, progress bars, warnings and plots to files. Call it before they are imported."""
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by an old name
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")  # refused by us, in one line
+
+
+def stop_signals() -> list[int]:
+    """Ctrl-C and SIGTERM, but what whoever started this process wants to be ignored, as nohup and a shell's `&` do."""
+    return [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
-    """Run a script's `main` with its command line; what the user can fix becomes one line and exit status 2."""
-    script, again = Path(sys.argv[0]).name, "the same command"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    distributed.hush()
-    status = 2
+    """Run a script's `main` with its command line, and exit.
+
+    Status 0 is success, 2 a UserError (one line on stderr), 130 Ctrl-C or SIGTERM (one line), 1 a fault of the code (its
+    traceback and one line). Of several processes rank 0 speaks, on other machines the first one there about a UserError;
+    any other tells only a fault of its own.
+    """
+    rank, world_size = processes.launched()
+    stderr = processes.silence() if rank else sys.stderr
+    set_up_libraries()
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
+    who = f"rank {rank}: " if rank else ""
+    again, says, line, status = "the same command", rank == 0, "", 0
     try:
         config = parse(config_class, description=sys.modules["__main__"].__doc__)
-        if config.overwrite:
-            again += " without --overwrite"
-        distributed.join(getattr(config, "device", "cpu"))
+        again += " without --overwrite" if config.overwrite else ""
+        processes.join(getattr(config, "device", "cpu"))
         main(config)
+        processes.leave()
     except UserError as error:
-        reason = str(error)
-    except (OSError, SafetensorError) as error:  # no permission, no space, for which safetensors has a name of its own
-        place, what = getattr(error, "filename", None), getattr(error, "strerror", None)
-        reason = f"{place or 'input/output'}: {what or error}; fix it or choose another --root, then run {again}"
+        line, status = str(error), 2
+        says = error.own or int(os.environ.get("LOCAL_RANK", rank)) == 0
     except KeyboardInterrupt as interrupt:
-        reason, status = f"interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on", 130
+        line, status = f"interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on", 130
     except Exception as error:
-        if distributed.launched()[1] == 1:
-            raise
-        if not distributed.lost(error):  # a fault of the code's: all of it is told, once
-            distributed.end(traceback.format_exc(), 1)
-        reason = f"another process has ended; run {again} to go on"
-    else:
-        distributed.part()
-        sys.exit(0)
-    line = f"{script}: {' '.join(reason.split())}"
-    distributed.end(line.encode(errors="backslashreplace").decode(), status)  # in a path: bytes that are no UTF-8
+        if line := _stdout_error():
+            status = 2
+        elif processes.is_lost_connection(error):
+            line, status = f"another process has ended; run {again} to go on", 2
+        else:
+            print(who + traceback.format_exc(), end="", file=stderr)
+            line, status = f"unexpected {type(error).__name__}, a fault of the program; the lines above tell where", 1
+            says = True
+    if unwritten := _stdout_error():
+        line, status = line or unwritten, status or 2
+    if line and says:
+        line = f"{who}{Path(sys.argv[0]).name}: {' '.join(line.split())}"
+        print(line.encode(errors="backslashreplace").decode(), file=stderr, flush=True)  # a path may be no UTF-8
+    if world_size > 1:
+        os._exit(status)  # the clean-up of a process group waits for processes that may have ended
+    sys.exit(status)
+
+
+def _stdout_error() -> str:
+    """Write out what stdout still holds; what to say if that fails, as when its reader or the disk's space is gone."""
+    try:
+        if sys.stdout is not None:  # as it is where nobody has opened one
+            sys.stdout.flush()
+        return ""
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at its end
+        return f"stdout cannot be written ({error.strerror}); send it elsewhere and run the same command again"

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from common import models
 from common.cli.flags import MixtureConfig, TrainingFlags
+from common.cli.parser import command
 from common.comparison.score import EARLIER, JOINT, MIXTURE, Comparison
 from common.data.tensors import TaskData, together
 from common.files import read_json
-from common.provenance import command
 from common.training.checkpoint import Checkpoint
 from common.training.evaluate import evaluate
 from common.training.loop import fit

@@ -1,7 +1,6 @@
 """One image of any kind Pillow opens: to upright RGB, and to the few bits that near-duplicates share."""
 
 import io
-import warnings
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +14,6 @@ HASH_BYTES = HASH_SIDE**2 // 8 + 3
 FLAT = 2  # grey levels by which a wave has to stand out: the noise of an evenly coloured image does not
 
 MOST_PIXELS = PILImage.MAX_IMAGE_PIXELS  # of an image: with more, Pillow takes its header for damaged or hostile
-
-warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # refused here, in one line
 
 
 class ImageFile(Protocol):

@@ -1,13 +1,11 @@
 """Images: from their sources to a prepared dataset on disk, and from there to tensors in memory."""
 
-import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import disable_progress_bars
 
 from common.cli.flags import PreparationConfig
 from common.data import duplicates
@@ -21,14 +19,6 @@ from common.files import locked, tidy, write_json, writing
 from common.tasks import DOCUMENTED, HUB, Task, place, with_those_of
 
 GENERATED = "generated"  # the source of the demo's images
-
-for library in ("datasets", "huggingface_hub"):  # what they try again is no news; what fails is told here, in one line
-    logging.getLogger(library).setLevel(logging.CRITICAL)
-disable_progress_bars()
-
-
-
-
 
 
 def planned(config: PreparationConfig) -> list[Task]:

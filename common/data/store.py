@@ -10,9 +10,9 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 
 from common.cli.flags import RunFlags
+from common.cli.parser import command
 from common.errors import UserError
 from common.files import read_json
-from common.provenance import command
 from common.tasks import Task
 
 MANIFEST_FILE = "manifest.json"

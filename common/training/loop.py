@@ -100,7 +100,7 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
         fix = "add" if config.largest_batch else (
             f"add --largest_batch, halve --batch_size (now {config.batch_size}) and double --accumulation_steps (now "
             f"{config.accumulation_steps}), or add")
-        raise UserError(f"{state}: out of memory; {fix} --gradient_checkpointing") from error
+        raise UserError(f"{state}: out of memory; {fix} --gradient_checkpointing", own=True) from error
     with torch.no_grad():
         for key, parameter in trainable.items():
             parameter.copy_(state.best[key])

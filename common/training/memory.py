@@ -23,7 +23,8 @@ def in_batches(rows: Tensor, at_once: int, compute: Callable[[Tensor], Result]) 
             if not should_reduce_batch_size(error):
                 raise
             if len(batch) == 1:
-                raise UserError("out of memory for a single image; choose a smaller --model or another --device") from error
+                raise UserError("out of memory for a single image; choose a smaller --model or another --device",
+                                own=True) from error
         if result is None:  # outside of the except block, where the error would keep the activations alive
             clear_device_cache()
             at_once = math.ceil(len(batch) / 2)
