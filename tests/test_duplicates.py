@@ -9,13 +9,13 @@ from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
-from PIL import ImageEnhance
+from PIL import ImageEnhance, ImageOps
 
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
 from common.data import duplicates
-from common.data.duplicates import COLOUR_BYTES, NEAR_BITS, NEAR_COLOUR, groups, have_near
-from common.data.images import HASH_BYTES, perceptual_hash
+from common.data.duplicates import NEAR_BITS, NEAR_COLOUR, groups, have_near
+from common.data.images import BITS_BYTES, HASH_BYTES, perceptual_hash
 from common.data.prepare import prepare
 from common.data.splits import SPLITS, grouped_split, random_split
 from common.errors import UserError
@@ -60,7 +60,12 @@ def grainy(image):
     return PILImage.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
-CHANGES = [jpeg, shifted, brighter, halved, grainy]
+def mirrored(image):
+    """As training shows it, saved as a photo."""
+    return jpeg(ImageOps.mirror(image))
+
+
+CHANGES = [jpeg, shifted, brighter, halved, grainy, mirrored]
 
 
 def hashes_of(images):
@@ -70,17 +75,20 @@ def hashes_of(images):
 
 def near(one, other):
     """Whether two hashes are near, by the definition."""
-    bits = np.unpackbits(one[:-COLOUR_BYTES] ^ other[:-COLOUR_BYTES]).sum()
-    colour = np.abs(one[-COLOUR_BYTES:].astype(int) - other[-COLOUR_BYTES:]).max()
+    turned = one.copy()
+    turned[BITS_BYTES // 2 : BITS_BYTES] ^= 255
+    bits = min(np.unpackbits(bits[:BITS_BYTES] ^ other[:BITS_BYTES]).sum() for bits in (one, turned))
+    colour = np.abs(one[BITS_BYTES:].astype(int) - other[BITS_BYTES:]).max()
     return bits <= NEAR_BITS and colour <= NEAR_COLOUR
 
 
 def close_hashes(count, seed):
-    """Random hashes, most of which are near to some others."""
+    """Random hashes, most of which are near to some others, as they are or mirrored."""
     rng = np.random.default_rng(seed)
-    bits = rng.integers(0, 256, (count // 4, HASH_BYTES - COLOUR_BYTES), dtype=np.uint8)[rng.integers(0, count // 4, count)]
-    flips = np.packbits(rng.random((count, 8 * bits.shape[1])) < 0.12, axis=1)  # two of one kind differ in about 54 bits
-    return np.concatenate([bits ^ flips, rng.integers(100, 140, (count, COLOUR_BYTES), dtype=np.uint8)], axis=1)
+    kinds = rng.integers(0, 256, (count // 4, BITS_BYTES), dtype=np.uint8)[rng.integers(0, count // 4, count)]
+    bits = kinds ^ np.packbits(rng.random((count, 8 * BITS_BYTES)) < 0.12, axis=1)  # two of one kind differ in about 54 bits
+    bits[rng.random(count) < 0.5, BITS_BYTES // 2 :] ^= 255
+    return np.concatenate([bits, rng.integers(100, 150, (count, HASH_BYTES - BITS_BYTES), dtype=np.uint8)], axis=1)
 
 
 # ---- what is a near-duplicate ----
@@ -105,18 +113,19 @@ def test_even_pictures_are_told_by_their_colour():
     assert np.array_equal(groups(hashes_of([dark, bright, grainy(darker), dark])), [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("pairs_at_once", [1, 100, 2**23])
-def test_groups_and_neighbours_are_those_of_the_definition(monkeypatch, pairs_at_once):
+def test_groups_and_neighbours_are_those_of_the_definition(monkeypatch):
     """Whatever number of pairs is looked at together; groups are joined along chains."""
-    monkeypatch.setattr(duplicates, "PAIRS_AT_ONCE", pairs_at_once)
     hashes = close_hashes(60, seed=1)
     pairs = np.array([[near(one, other) for other in hashes] for one in hashes])
     assert 60 < pairs.sum() < 600
     reachable = np.linalg.matrix_power(pairs.astype(float), 60) > 0
-    found = groups(hashes)
-    assert np.array_equal(found[:, None] == found[None], reachable)
-    assert sorted(set(found)) == list(range(len(set(found))))
-    assert np.array_equal(have_near(hashes[:20], hashes[20:]), pairs[:20, 20:].any(axis=1))
+    for rows, others, joined in ((1, 1, 0), (7, 5, 3), (16, 8192, 2**22)):
+        for name, value in (("ROWS_AT_ONCE", rows), ("OTHERS_AT_ONCE", others), ("PAIRS_AT_ONCE", joined)):
+            monkeypatch.setattr(duplicates, name, value)
+        found = groups(hashes)
+        assert np.array_equal(found[:, None] == found[None], reachable)
+        assert sorted(set(found)) == list(range(len(set(found))))
+        assert np.array_equal(have_near(hashes[:20], hashes[20:]), pairs[:20, 20:].any(axis=1))
 
 
 # ---- splits ----
