@@ -12,7 +12,7 @@ def main(config: FinetuneConfig) -> None:
     from common.tasks import read_tasks
     from common.training.evaluate import evaluate
     from common.training.loop import fit
-    from common.training.schedule import layer_decay_groups
+    from common.training.schedule import parameter_groups
 
     with Results(config, "Finetune", "Finetune") as results:
         processor = models.load_processor(config.model)
@@ -24,7 +24,7 @@ def main(config: FinetuneConfig) -> None:
             folder = results.folder / "Models" / f"{data.task.key}_finetune"
             model = models.load_backbone(config.model, data.classes, config.seed)
             fitted = fit(model, data.train, data.validation, config, f"finetune {data.task.key}",
-                         layer_decay_groups(model, config.layer_decay), checkpoint=results.checkpoint(folder.name))
+                         parameter_groups(model, config.layer_decay), checkpoint=results.checkpoint(folder.name))
             probabilities, _ = evaluate(model, data.test, config)
 
             name, trained = f"Finetuned_{data.task.title}", models.trainable_parameters(model)

@@ -1,7 +1,9 @@
 """Backbones, heads and LoRA: building, loading and saving in the Hugging Face layouts."""
 
+import copy
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     BaseImageProcessor,
-    BeitConfig,
-    BeitForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -31,11 +33,11 @@ from common.files import read_json, recover, write_json, writing
 from common.provenance import PROVENANCE_FILE, differences, file_hashes, tensor_fingerprint
 from common.tasks import Task
 from common.training.distributed import on_main
-from common.training.kernels import ATTENTION, LoraLinear
+from common.training.kernels import LoraLinear, register_attention
+from common.training.schedule import block_names
 
-HEAD = "classifier"
-# The six linear layers of a BEiT block, as the installed transformers names them.
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+HEAD = "classifier"  # what transformers calls the head of its image classifiers
+EXAMPLES = ("BEiT", "ViT", "DeiT", "DINOv2", "Swin", "SigLIP", "CLIP")
 
 
 def load_processor(name: str) -> BaseImageProcessor:
@@ -46,33 +48,55 @@ def load_processor(name: str) -> BaseImageProcessor:
         raise UserError(_cannot_load(name, error)) from error
 
 
-def load_backbone(name: str, classes: list[str], seed: int) -> BeitForImageClassification:
-    """A pretrained BEiT with a new, seeded head for `classes`.
+def load_backbone(name: str, classes: list[str], seed: int) -> PreTrainedModel:
+    """A pretrained image classifier with a new, seeded head for `classes`, `model.classifier`.
 
-    Every weight but the head must come from the checkpoint. Published BEiT files carry older parameter names, which
-    transformers translates. Raises UserError if there is no such model, it is no BEiT, or a weight is missing.
+    Every weight but the head's must come from the checkpoint, whose older names of weights transformers translates; what it
+    holds beside the model, such as a text model or another head, is left out. Raises UserError if there is no such model, a
+    weight is missing, or its blocks are not made of linear layers.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if not isinstance(config, BeitConfig):
-            raise UserError(f"--model {name} is a {config.model_type} model; choose a BEiT, such as microsoft/beit-base-patch16-224")
+        config.num_labels = len(classes)  # before the names: some keep it beside them
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: index for index, label in config.id2label.items()}
-        model, info = BeitForImageClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation=ATTENTION, ignore_mismatched_sizes=True,
+        model, info = _architecture(name, config).from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation=register_attention(), ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HTTPError) as error:
         raise UserError(_cannot_load(name, error)) from error
-    head = {f"{HEAD}.weight", f"{HEAD}.bias"}
-    foreign = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"]) | set(info["unexpected_keys"])
-    if foreign - head:
-        raise UserError(f"--model {name} does not fit: {min(foreign - head)} is missing, left over or of another shape")
+    missing = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
+    more_blocks = {key for key in info["unexpected_keys"] if re.match(_in_blocks(model), key)}
+    for key in sorted(key for key in missing | more_blocks if not key.startswith(f"{HEAD}.")):
+        raise UserError(f"--model {name} does not fit: {key} is missing, left over or of another shape")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed} {classes}".encode()))  # so that two tasks do not start with one head
-        nn.init.trunc_normal_(model.classifier.weight, std=model.config.initializer_range)
+        nn.init.trunc_normal_(model.classifier.weight, std=getattr(model.config, "initializer_range", 0.02))
         nn.init.zeros_(model.classifier.bias)
     return model
+
+
+def _architecture(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The image classifier of a configuration; of DeiT's two, that with one head. Raises UserError if it is none that fits:
+    blocks of linear layers, without convolutions, and one linear layer as the head."""
+    choice = f"choose one made of linear layers, such as {', '.join(EXAMPLES)}"
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise UserError(f"--model {name} is a {config.model_type} model, which is no image classifier; {choice}")
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    architecture = found[0] if isinstance(found, tuple) else found
+    with torch.device("meta"):
+        outline = architecture(copy.deepcopy(config))
+    parts = [part for block in block_names(outline) for part in outline.get_submodule(block).modules()]
+    unfit = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
+    if not parts or not isinstance(getattr(outline, HEAD, None), nn.Linear) or any(isinstance(part, unfit) for part in parts):
+        raise UserError(f"--model {name} is a {config.model_type} model, not one of linear layers throughout; {choice}")
+    return architecture
+
+
+def _in_blocks(model: nn.Module) -> str:
+    """A pattern of the names of whatever is in the lists of a model's blocks."""
+    return "|".join(sorted({re.escape(block.rpartition(".")[0]) + r"\." for block in block_names(model)}))
 
 
 def _cannot_load(name: str, error: Exception) -> str:
@@ -81,14 +105,24 @@ def _cannot_load(name: str, error: Exception) -> str:
             "or use --demo for the small backbone that comes with the code")
 
 
+def lora_targets(model: nn.Module) -> list[str]:
+    """The linear layers of all blocks: how their names end if no other layer's does so too, else their whole names."""
+    lists = _in_blocks(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in linears if re.match(lists, name)]
+    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in found))
+    return endings if [name for name in linears if name.rpartition(".")[2] in endings] == found else found
+
+
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftModel:
     """Put a LoRA adapter on every linear layer of every block; the head is trained and saved with it."""
-    config = PeftLoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, modules_to_save=[HEAD])
+    targets = lora_targets(model)
+    config = PeftLoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=[HEAD])
     config._register_custom_module({nn.Linear: LoraLinear})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
-    config.target_modules = LORA_TARGETS  # peft has made a set of them, which each process would write in another order
+    config.target_modules = targets  # peft has made a set of them, which each process would write in another order
     return adapted
 
 
@@ -97,9 +131,9 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def backbone_fingerprint(model: BeitForImageClassification) -> str:
-    """SHA-256 of the backbone's weights, without the head."""
-    return tensor_fingerprint(model.beit.state_dict())
+def backbone_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a classifier's weights, without the head."""
+    return tensor_fingerprint({key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{HEAD}.")})
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -144,7 +178,7 @@ def check_model(folder: Path, data: TaskData, script: str, config: RunFlags, bac
     return made_from
 
 
-def load_base(config: RunFlags, data: TaskData) -> BeitForImageClassification:
+def load_base(config: RunFlags, data: TaskData) -> PreTrainedModel:
     """A task's base model: the backbone as it is now, with the head that was trained on it.
 
     Raises UserError if the base model is missing, damaged or does not fit the images or the backbone. It goes by the name

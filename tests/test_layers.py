@@ -103,9 +103,3 @@ def test_any_number_of_dimensions_comes_before_the_width(shape):
     layer, x = kernels.LoraLinear(nn.Linear(4, 6), "default", config=config, r=2, lora_alpha=4), torch.randn(shape)
     expected = layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x))
     assert layer(x).shape == (*shape[:-1], 6) and torch.allclose(layer(x), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
-def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch, platform):
-    monkeypatch.setattr(kernels.sys, "platform", platform)
-    kernels.keep_freed_memory()

@@ -3,15 +3,22 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from families import FAMILIES, save_family
 from hub import folder_repo
-from pipeline import save_tiny_backbone, tiny_beit
+from peft import PeftModel
+from PIL import Image
+from pipeline import Workspace, save_tiny_backbone, tiny_beit
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
+from trainings import settings
 
+from common.data.tensors import ImageSet
 from common.errors import UserError
-from common.models import backbone_fingerprint, load_backbone, load_processor
+from common.models import add_lora, backbone_fingerprint, load_backbone, load_processor
+from common.training.evaluate import features
 
 pytest_plugins = ["warm_process"]
 
@@ -167,10 +174,12 @@ def test_a_weight_of_another_shape_is_refused(published):
         load_backbone(str(published), CLASSES, 0)
 
 
-def test_a_weight_of_no_use_is_refused(published):
-    """A file that holds more than the backbone is of another model."""
-    edit(published, lambda tensors: tensors.update({"beit.extra.weight": torch.zeros(2)}))
-    with pytest.raises(UserError, match="does not fit: beit.extra.weight"):
+def test_a_file_of_a_deeper_model_is_refused(published):
+    """A block that the model does not have is not left out in silence; what lies beside the model, such as a text tower, is."""
+    edit(published, lambda tensors: tensors.update({"text_model.weight": torch.zeros(2)}))
+    load_backbone(str(published), CLASSES, 0)
+    edit(published, lambda tensors: tensors.update({"beit.encoder.layer.2.lambda_1": torch.zeros(32)}))
+    with pytest.raises(UserError, match="does not fit: beit.layers.2.lambda_1"):
         load_backbone(str(published), CLASSES, 0)
 
 
@@ -182,12 +191,66 @@ def test_a_cut_file_is_refused(published):
         load_backbone(str(published), CLASSES, 0)
 
 
-def test_a_vit_is_refused(tmp_path):
-    """Another architecture is named, with what to use."""
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16)
-    ViTForImageClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a vit model; choose a BEiT"):
-        load_backbone(str(tmp_path), CLASSES, 0)
+def test_what_is_not_made_of_linear_layers_is_refused_by_name(tmp_path):
+    """Convolutional classifiers, and models that are no image classifiers."""
+    small = {"hidden_sizes": [8, 8], "depths": [1, 1]}
+    for config in (transformers.ResNetConfig(embedding_size=8, **small), transformers.ConvNextConfig(num_stages=2, **small),
+                   transformers.SegformerConfig(), transformers.LevitConfig(), transformers.BertConfig()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"is a {config.model_type} model, .*; choose one made of linear layers, such as"):
+            load_backbone(str(tmp_path), CLASSES, 0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_of_any_family_is_that_of_transformers(tmp_path, name):
+    """Preprocessing and features to 1e-5; and the linear layers of the blocks, no others, learn by LoRA."""
+    published = save_family(name, tmp_path)
+    model, processor = load_backbone(str(tmp_path), CLASSES, 0), load_processor(str(tmp_path))
+    ours, theirs = ({key: value for key, value in part.state_dict().items() if key not in HEAD} for part in (model, published))
+    assert all(torch.equal(theirs[key], value) for key, value in ours.items())
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 44, 3), dtype=np.uint8)) for _ in range(3)]
+    expected = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(pictures, return_tensors="pt")
+    batch = processor(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(batch, expected["pixel_values"], atol=1e-5)
+
+    reference = type(model).from_pretrained(tmp_path, num_labels=len(CLASSES), ignore_mismatched_sizes=True).eval()
+    reference.classifier.load_state_dict(model.classifier.state_dict())
+    config = settings()
+    data = ImageSet(batch, torch.zeros(3, dtype=torch.int64))
+    with torch.no_grad():
+        logits = reference(batch).logits
+        seen = features(model, data, config)
+        assert torch.allclose(model.classifier(seen.inputs), logits, atol=1e-5)
+        assert torch.allclose(model(batch).logits, logits, atol=1e-5)
+
+    adapted = add_lora(model, rank=2, alpha=4, seed=0)
+    blocks = {key.removeprefix("base_model.model.").partition(".lora_A")[0] for key, parameter in adapted.named_parameters()
+              if "lora_A" in key}
+    linears = {key for key, module in reference.named_modules() if type(module) is torch.nn.Linear}
+    assert blocks == {key for key in linears if re.search(r"\.(layers?|blocks)\.\d+\.(?!downsample|blocks)", key)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_of_any_family_goes_through_the_scripts(workspace, tmp_path, name):
+    """Base model, fine-tuning and LoRA, which are opened by the libraries alone."""
+    save_family(name, tmp_path / "model")
+    place = Workspace(tmp_path / "root", str(tmp_path / "model"))
+    workspace.copy(place.root, "fire_dataset", "game_dataset", "tasks.json")
+    for script in ("Generate_Base_Model", "Finetune", "Lora_Finetune"):
+        place.run(script, "--epochs", "1", *(["--layer_decay", "0.5"] if script == "Finetune" else []))
+    data = place.tasks()[0].test
+    with torch.no_grad():
+        for method, folder in (("Finetune", "Finetune/Models/fire_finetune"),
+                               ("Lora_Finetune", "Lora_Finetune/Models/fire_lora_finetune")):
+            model = load_backbone(place.model, place.tasks()[0].classes, 0) if "lora" in folder else (
+                transformers.AutoModelForImageClassification.from_pretrained(place.results / folder))
+            if "lora" in folder:
+                model = PeftModel.from_pretrained(model, place.results / folder)
+            probabilities = model.eval()(data.batch(torch.arange(len(data)))).logits.softmax(1)
+            written = place.predictions(method, "Fire_Risk").filter(like="Probability")
+            assert np.allclose(probabilities, written, atol=1e-5)
 
 
 def test_code_from_a_repository_is_not_run(published, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.training import evaluate as evaluation
 from common.training.evaluate import evaluate, features
 from common.training.loop import fit
 from common.training.objective import JointObjective, Objective
-from common.training.schedule import layer_decay_groups, warmup_cosine
+from common.training.schedule import parameter_groups, warmup_cosine
 
 WEIGHT_LEVELS = {  # of a BEiT with two blocks: how many times the decay applies
     "classifier": 0, "beit.pooler": 0, "beit.layers.1": 1, "beit.layers.0": 2, "beit.embeddings": 3,
@@ -247,21 +248,29 @@ def test_the_rate_is_halfway_down_in_the_middle_and_zero_at_the_end():
     assert share(14) == pytest.approx(0.5) and share(24) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
-def test_layer_decay_covers_every_parameter_once(decay):
+def test_every_parameter_learns_at_the_rate_of_its_depth():
     model = tiny_beit(0, num_labels=CLASSES)
-    grouped = [id(parameter) for group in layer_decay_groups(model, decay) for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for decay in (0.5, 1.0):
+        groups = parameter_groups(model, decay)
+        shares = {names[id(parameter)]: group["lr_share"] for group in groups for parameter in group["params"]}
+        assert len(shares) == sum(len(group["params"]) for group in groups) == len(names)
+        for name, share in shares.items():
+            level = next(level for prefix, level in WEIGHT_LEVELS.items() if name.startswith(f"{prefix}."))
+            assert share == pytest.approx(decay**level), name
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
-def test_layer_decay_gives_each_layer_its_share(decay):
-    model = tiny_beit(0, num_labels=CLASSES)
-    groups = layer_decay_groups(model, decay)
-    share = {id(parameter): group["lr_share"] for group in groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        level = next(level for prefix, level in WEIGHT_LEVELS.items() if name.startswith(f"{prefix}."))
-        assert share[id(parameter)] == pytest.approx(decay**level), name
+def test_weight_decay_is_of_matrices_alone():
+    """Not of biases, norms, layer scales, positions and tokens: without gradients these stay as they are."""
+    model = tiny_beit(0, num_labels=CLASSES, use_absolute_position_embeddings=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.1, weight_decay=0.5)
+    model(torch.randn(2, 3, 32, 32)).logits.sum().backward()
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    optimizer.step()
+    smaller = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert smaller == {name for name in before if re.search(r"(proj|fc\d|projection|classifier)\.weight$", name)}
 
 
 # ---- scores ----

@@ -1,4 +1,4 @@
-"""The state of one training in one file, so that a run that was cut short goes on where it was."""
+"""The checkpoint of one training: one file, from which a run that was interrupted resumes."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from common.files import writing
 from common.provenance import changes, tensor_fingerprint
 from common.training.distributed import on_main
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint:
@@ -58,7 +58,7 @@ class Checkpoint:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with writing(self.path) as part:
             save_file(tensors, part, {"state": state, "checksum": _checksum(tensors, state)})
-            with part.open("rb") as file:  # a machine that stops without warning is to leave the earlier file or this one
+            with part.open("rb") as file:  # so that a power cut leaves the earlier file or this one
                 os.fsync(file.fileno())
 
     @on_main

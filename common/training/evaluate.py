@@ -82,11 +82,18 @@ def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags, objective:
 
 @torch.no_grad()
 def features(model: nn.Module, data: ImageSet, config: HardwareFlags) -> ImageSet:
-    """What a BEiT classifier's head sees: pooled features (N, D), computed once, with the labels."""
+    """What reaches `model.classifier` for each image: features (N, D), computed once, with the labels."""
     device = device_of(config)
     model.to(device).eval()
     data = data.to(device)
     own, _ = distributed.share(len(data))
-    pooled = [result for _, result in in_batches(
-        own, EVALUATION_BATCH, lambda rows: model.beit(data.batch(rows)).pooler_output)]
+    seen: list[Tensor] = []
+
+    def compute(rows: Tensor) -> Tensor:
+        model(data.batch(rows))
+        return seen.pop()
+
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with hook:
+        pooled = [result for _, result in in_batches(own, EVALUATION_BATCH, compute)]
     return ImageSet(distributed.gathered(torch.cat(pooled), len(data)), data.labels)

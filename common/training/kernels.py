@@ -1,7 +1,5 @@
 """What transformers' attention and peft's LoRA layers compute, computed faster in training."""
 
-import ctypes
-import sys
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.beit.modeling_beit import eager_attention_forward
 
-ATTENTION = "sdpa_or_products"  # the name models are loaded with
+ATTENTION = "sdpa_or_products"
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -27,7 +25,10 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     return compute(module, query, key, value, attention_mask, **options)
 
 
-AttentionInterface.register(ATTENTION, attention)
+def register_attention() -> str:
+    """Let transformers know `attention`; return the name to load models with."""
+    AttentionInterface.register(ATTENTION, attention)
+    return ATTENTION
 
 
 class LoraLinear(Linear):
@@ -42,16 +43,3 @@ class LoraLinear(Linear):
         y, low = self.base_layer(rows), self.lora_A[name](self.lora_dropout[name](rows))
         y.addmm_(low, self.lora_B[name].weight.T.to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next one.
-
-    glibc returns large blocks to the system at once; getting them back, zeroed page by page, is a twentieth of a training
-    step of BEiT-base's width on a CPU (eight processes, with and without in turn: 1.04 to 1.07 times the time in bf16,
-    0.99 to 1.12 in fp32). Other C libraries have no such switch.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)

@@ -22,8 +22,8 @@ from common.training.augment import flip_and_shift, moves_of
 from common.training.checkpoint import Checkpoint
 from common.training.evaluate import autocast, device_of, evaluate, logits_of
 from common.training.interrupts import stopping
-from common.training.kernels import keep_freed_memory
 from common.training.objective import CROSS_ENTROPY, Objective
+from common.training.schedule import parameter_groups
 from common.training.state import TrainingState
 
 
@@ -45,7 +45,7 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
         start_counts: bool = False) -> Fit:
     """Train what is trainable in `model`; leave it with the weights of the epoch of lowest validation loss.
 
-    groups: AdamW parameter groups, each with a `lr_share` of the learning rate; by default all trainable parameters.
+    groups: AdamW parameter groups, each with a `lr_share` of the learning rate; by default those of `parameter_groups`.
     objective: how loss and accuracy follow from logits. start_counts: the model as it comes is epoch 0 of the history,
     without values of training, and may be the chosen one; `config.epochs` may then be 0.
 
@@ -57,15 +57,13 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
     text says where.
     """
     device = device_of(config)
-    keep_freed_memory()
     model.to(device)
     backbone = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if config.gradient_checkpointing and backbone is not None:  # reentrant, it would need inputs that have gradients
         backbone.activation_checkpointing_enable({"use_reentrant": False})
     trainable = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
-    groups = groups or [{"params": list(trainable.values()), "lr_share": 1.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay,
-                                  fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(groups or parameter_groups(model), lr=config.learning_rate, betas=(0.9, 0.999),
+                                  weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
     state = TrainingState(name, config, trainable, optimizer, len(train), total_loss=torch.zeros((), device=device),
                           correct=torch.zeros((), device=device))
     run = _Run(model, train.to(device), validation.to(device), objective, state)

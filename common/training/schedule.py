@@ -1,6 +1,7 @@
-"""Learning rates: over the steps of a training, and by the depth of a layer."""
+"""Learning rates over the steps of a training and by the depth of a layer; which parameters are decayed."""
 
 import math
+import re
 from collections.abc import Callable
 
 from torch import nn
@@ -17,17 +18,29 @@ def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
     return share
 
 
-def layer_decay_groups(model: nn.Module, decay: float) -> list[dict]:
-    """Parameter groups of a BEiT classifier in which every block learns at `decay` times the rate of the block above.
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+    """AdamW groups of all trainable parameters, each with the `lr_share` of the learning rate it has.
 
-    The head has the full rate, the embeddings the least (Bao et al. 2022; Clark et al. 2020, ELECTRA).
+    Every block learns at `layer_decay` times the rate of the block above it, what lies below the blocks at the least, what
+    lies above them, such as the head, at the full rate (Clark et al. 2020, ELECTRA; Bao et al. 2022, BEiT). Biases, norms,
+    positions and special tokens, which have no `weight_decay`, are in groups of their own (BEiT's and MAE's recipes).
     """
-    depth = model.config.num_hidden_layers
-    groups: dict[float, list[nn.Parameter]] = {}
-    for key, parameter in model.named_parameters():
-        if key.startswith("beit.layers."):
-            level = depth - int(key.split(".")[2])
-        else:
-            level = depth + 1 if key.startswith("beit.embeddings") else 0
-        groups.setdefault(decay**level, []).append(parameter)
-    return [{"params": parameters, "lr_share": share} for share, parameters in groups.items()]
+    blocks, below = block_names(model), 0
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for key, parameter in model.named_parameters():  # in the order from the embeddings to the head
+        below = next((index for index, block in enumerate(blocks, start=1) if key.startswith(f"{block}.")), below)
+        inside = any(key.startswith(f"{block}.") for block in blocks)
+        level = 0 if below == len(blocks) and not inside else len(blocks) + 1 - below
+        decayed = parameter.ndim > 1 and not re.search("position|token", key)
+        if parameter.requires_grad:
+            groups.setdefault((layer_decay**level, decayed), []).append(parameter)
+    return [{"params": parameters, "lr_share": share, **({} if decayed else {"weight_decay": 0.0})}
+            for (share, decayed), parameters in groups.items()]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of a model's blocks in order: the entries of the innermost lists of modules that hold linear layers."""
+    lists = [name for name, module in model.named_modules()
+             if isinstance(module, nn.ModuleList) and any(isinstance(part, nn.Linear) for part in module.modules())]
+    innermost = [name for name in lists if not any(other.startswith(f"{name}.") for other in lists)]
+    return [f"{name}.{index}" for name in innermost for index in range(len(model.get_submodule(name)))]

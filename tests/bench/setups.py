@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import BeitConfig, BeitForImageClassification
 
 from common.cli.flags import DEMO_BACKBONE
-from common.models import LORA_TARGETS, add_lora, load_backbone
+from common.models import add_lora, load_backbone, lora_targets
 from common.training.evaluate import logits_of
-from common.training.kernels import ATTENTION
+from common.training.kernels import register_attention
 from ContextGatedMOE import ContextGatedMOE, Expert
 from tests.bench.measure import Settings
 
@@ -20,10 +20,11 @@ RANK = 16
 # BEiT's published sizes, at 224 pixels in patches of 16 (Bao et al. 2022, appendix).
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64, "patch_size": 16}
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64,
+        "patch_size": 16}
 
 
-def beit(settings: Settings, attention: str = ATTENTION, **shape: int) -> BeitForImageClassification:
+def beit(settings: Settings, attention: str | None = None, **shape: int) -> BeitForImageClassification:
     """A BEiT with random weights, of BEiT-base's shape or, with `--large`, BEiT-large's, but for the `shape` given here; a
     tiny one with `--quick`."""
     torch.manual_seed(0)
@@ -34,16 +35,16 @@ def beit(settings: Settings, attention: str = ATTENTION, **shape: int) -> BeitFo
     })
     with settings.device:
         model = BeitForImageClassification(config)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention or register_attention())
     return model.requires_grad_(False)
 
 
-def demo_backbone(settings: Settings, attention: str = ATTENTION) -> BeitForImageClassification:
+def demo_backbone(settings: Settings, attention: str | None = None) -> BeitForImageClassification:
     """The demo's backbone, frozen; a tiny one for images of the same size with `--quick`."""
     if settings.quick:
         return beit(settings, attention)
     model = load_backbone(str(DEMO_BACKBONE), list("abcd"), seed=0).to(settings.device)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention or register_attention())
     return model.requires_grad_(False)
 
 
@@ -66,7 +67,7 @@ def lora(base: BeitForImageClassification) -> PeftModel:
 
 def peft_lora(base: BeitForImageClassification) -> PeftModel:
     """The same with peft's own layers."""
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LORA_TARGETS, modules_to_save=["classifier"])
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_targets(base), modules_to_save=["classifier"])
     return get_peft_model(twin(base), config)
 
 
@@ -76,7 +77,7 @@ def experts(base: BeitForImageClassification, count: int, rank: int = RANK) -> l
     for index in range(count):
         expert = Expert(f"expert{index:02d}")
         for name, layer in base.named_modules():
-            if name.rpartition(".")[2] in LORA_TARGETS:
+            if name.rpartition(".")[2] in lora_targets(base):
                 like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
                 expert.updates[name] = (torch.randn(rank, layer.in_features, **like) * 0.02,
                                         torch.randn(layer.out_features, rank, **like) * 0.02)
