@@ -31,8 +31,9 @@ class RunFlags:
     demo: bool = option(False, "use generated images, the small backbone in common/demo/backbone and short training")
     root: str = option(".", "folder that holds the datasets and Results/")
     seed: int = option(3407, "seed of every random number; the same seed gives the same files")
-    model: str = option("microsoft/beit-large-patch16-224", "pretrained image classifier whose blocks are made of linear layers, such as BEiT, ViT, DINOv2 or Swin: a name on "
-        "the Hub or a folder")
+    model: str = option(
+        "microsoft/beit-large-patch16-224", "pretrained image classifier made of linear layers, such as BEiT, ViT, DINOv2 or "
+        "Swin: a name on the Hub or a folder")
     overwrite: bool = option(False, "make this script's own results anew")
 
     def __post_init__(self) -> None:
