@@ -1,6 +1,6 @@
 """Files that are whole or not there at all: atomic writing, locks, JSON, CSV."""
 
-import hashlib
+import errno
 import json
 import os
 import shutil
@@ -18,22 +18,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOCK_FILE = ".lock"
-CHECKSUM = "sha256"  # of all else in a JSON file
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, for a file or a folder; move it into place if the block succeeds.
 
-    Raises UserError, naming `path`, if the disk does not take it; what was there before is then still there.
+    Raises UserError, naming `path`, if the disk does not take it; what was there before is then still there. Errors of the
+    block that are not of the disk pass through.
     """
     part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    in_block = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         remove(part)
         try:
+            in_block = True
             yield part
+            in_block = False
             if path.is_dir() and not path.is_symlink():  # a full folder cannot be replaced in one step
                 remove(old)
                 os.replace(path, old)
@@ -42,18 +47,38 @@ def writing(path: Path) -> Iterator[Path]:
         finally:
             recover(path)
             remove(part)
-    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written ({reason}); what was there before is untouched: make room or choose "
-                        "another --root, then run the same command again") from error
+    except (OSError, SafetensorError) as error:
+        if in_block and not _is_of_disk(error, part):
+            raise
+        raise UserError(f"{path} cannot be written ({_reason(error)}); what was there before is untouched: make room or "
+                        "choose another --root, then run the same command again") from error
+
+
+def _is_of_disk(error: OSError | SafetensorError, part: Path) -> bool:
+    """True for errors of a disk that is full or broken, and for those that name `part` or a file in it."""
+    if isinstance(error, SafetensorError):  # it has only this text for such errors
+        return "os error" in str(error)
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else Path()
+    return error.errno in DISK_ERRORS or part in (named, *named.parents)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def recover(path: Path) -> Path:
-    """Put the folder `path` back if its replacement was cut short after it had been moved aside; return `path`."""
+    """Put the folder `path` back if its replacement was cut short after it had been moved aside; return `path`.
+
+    Raises UserError if the file system refuses.
+    """
     old = path.with_name(f".{path.name}.old")
-    if old.exists() and not os.path.lexists(path):
-        with suppress(FileNotFoundError):  # another process was faster
-            os.replace(old, path)
+    try:
+        if old.exists() and not os.path.lexists(path):
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(old, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read or put back from {old.name} ({_reason(error)}); allow it or choose another "
+                        "--root, then run the same command again") from error
     return path
 
 
@@ -98,52 +123,55 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Delete a file, a link or a folder, if it is there. Raises UserError if the file system refuses."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be deleted ({_reason(error)}); delete it or choose another --root, then run the same "
+                        "command again") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a dictionary as JSON with sorted keys and a checksum."""
-    content = {**content, CHECKSUM: _checksum(content)}
+    """Write a dictionary as JSON with sorted keys."""
     with writing(path) as part:
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         part.write_text(text, encoding="utf-8", errors="backslashreplace")  # in a path: bytes that are no UTF-8
 
 
-def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Read a JSON object that this project wrote. Raises UserError, ending with `fix`, if it is not one."""
+def read_json(path: Path, fix: str, form: Any = dict) -> dict[str, Any]:
+    """Read a JSON object, as this project wrote it or as an editor has saved it since.
+
+    form: what it must hold: a type; [form] for a list of any length; {key: form} for an object, which may hold more.
+    Raises UserError, ending with `fix`, if it cannot be read or is not of this form.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read; {fix}") from error
-    if not isinstance(content, dict) or content.pop(CHECKSUM, None) != _checksum(content):
-        raise UserError(f"{path} was changed or damaged; {fix}")
+        raise UserError(f"{path} cannot be read ({_reason(error)}); {fix}") from error
+    if misfit := _misfit(content, form, ""):
+        raise UserError(f"{path} was changed or damaged: {misfit}; {fix}")
     return content
 
 
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _misfit(content: Any, form: Any, name: str) -> str:
+    """What is not of the form, in words; nothing if all is."""
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(content, (int, float) if kind is float else kind):
+        return f"{name or 'it'} is not {JSON_TYPES[kind]}"
+    if isinstance(form, dict):
+        inner = [(f"{name}.{key}".lstrip("."), content.get(key), part) for key, part in form.items()]
+    else:
+        inner = [(f"{name}[{index}]", value, form[0]) for index, value in enumerate(content)] if isinstance(form, list) else []
+    return next(filter(None, (_misfit(value, part, inner_name) for inner_name, value, part in inner)), "")
 
 
 def write_csv(path: Path, table: "pd.DataFrame", float_format: str = "%.6f") -> None:
     """Write a table without its index, numbers with six decimals unless `float_format` says otherwise."""
     with writing(path) as part:
         table.to_csv(part, index=False, float_format=float_format, lineterminator="\n", encoding="utf-8")
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def is_unicode(text: str) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+
 PROVENANCE_FILE = "provenance.json"
-
-
 PACKAGES = ("datasets", "peft", "torch", "transformers")
 
 
@@ -21,11 +21,17 @@ def versions() -> dict[str, str]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Path -> SHA-256 of every file below a folder but the provenance, which holds these."""
+    """Path -> SHA-256 of every file below a folder but the provenance, which holds these.
+
+    Raises UserError if one cannot be read.
+    """
     hashes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE_FILE):
-        with path.open("rb") as file:
-            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); allow it, then run the same command again") from error
     return hashes
 
 

@@ -1,6 +1,8 @@
-"""Settings: one dataclass per script over shared groups of flags, the command line, and one-line errors."""
+"""The settings of every script: one dataclass per script over shared groups of flags, which refuses what makes no sense."""
 
+import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,13 +15,9 @@ DEMO_BACKBONE = Path(__file__).parents[1] / "demo" / "backbone"
 HIGHEST = 2**32 - 1  # of any number: what every generator of random numbers takes as a seed
 
 
-
-
 def option(default: Any, help: str) -> Any:
     """A dataclass field that becomes a flag."""
     return field(default=default, metadata={"help": help})
-
-
 
 
 @dataclass
@@ -44,6 +42,14 @@ class RunFlags:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and not is_unicode(text):
                     raise UserError(f"--{name} {text} is no UTF-8; rename it")
+        try:
+            there = os.stat(self.root)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"--root {self.root} cannot be used ({error.strerror}); choose another") from error
+        if not stat.S_ISDIR(there.st_mode) or not os.access(self.root, os.R_OK | os.X_OK):
+            raise UserError(f"--root {self.root} is not a folder that you may open; choose another")
 
     # The smallest value that makes sense, by flag, for all groups below.
     lowest: ClassVar[dict[str, float]] = {
@@ -244,14 +250,3 @@ SCRIPTS: dict[str, type] = {
     "Lora_Finetune": LoraConfig,
     "CGM_Lora": MixtureConfig,
 }
-
-
-
-
-
-
-
-
-
-
-

@@ -102,7 +102,8 @@ def base_with(head: dict[str, Tensor], config: MixtureConfig, tasks: list[TaskDa
 def joint_lora(config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> nn.Module:
     """One LoRA of the experts' total rank with one head, trained on all tasks together by the experts' recipe."""
     folder = Path(config.root) / "Results" / "Lora_Finetune"
-    recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite")
+    recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite",
+                       {"lora_rank": int, "lora_alpha": int})
     kept = {field.name: recipe[field.name] for field in dataclasses.fields(TrainingFlags) if field.name in recipe}
     settings = dataclasses.replace(config, **kept)
     base = models.load_backbone(config.model, tasks[0].classes, config.seed)

@@ -16,6 +16,11 @@ from common.files import read_json
 from common.tasks import Task
 
 MANIFEST_FILE = "manifest.json"
+# What every manifest holds, among other things.
+MANIFEST = {
+    "classes": [str], "images": {"train": int, "validation": int, "test": int}, "fingerprint": str, "source": str,
+    "damaged": int, "near_duplicates_in_test": int,
+}
 ROWS_AT_ONCE = 32  # images in one record batch
 
 Row = tuple[bytes, int]  # an encoded image and its label
@@ -64,4 +69,4 @@ def read_manifest(task: Task, config: RunFlags) -> dict[str, Any]:
     folder = Path(config.root) / task.dataset_folder
     if not (folder / MANIFEST_FILE).exists():
         raise UserError(f"there are no images of {task.name} in {folder}; run {command('Data_Preparation', config)}")
-    return read_json(folder / MANIFEST_FILE, f"run {command('Data_Preparation', config)} --overwrite")
+    return read_json(folder / MANIFEST_FILE, f"run {command('Data_Preparation', config)} --overwrite", MANIFEST)

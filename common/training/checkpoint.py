@@ -36,7 +36,10 @@ class Checkpoint:
             with safe_open(path, "pt") as file:
                 self.tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
             damaged = metadata["checksum"] != _checksum(self.tensors, metadata["state"])
-        except (OSError, SafetensorError, TypeError, KeyError):  # TypeError: no metadata at all
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); allow it, then run the same command "
+                            "again") from error
+        except (SafetensorError, TypeError, KeyError):  # TypeError: no metadata at all
             damaged = True
         if damaged:
             raise UserError(f"{path} is damaged; delete it and run the same command again: this training then starts anew")
