@@ -331,27 +331,6 @@ def test_an_unknown_flag_of_run_all_is_refused_by_name(monkeypatch, capsys):
     assert "--epochs" in complaint(monkeypatch, capsys, "run_all", ["--demo", "--epochs", "3"], run_all)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_flags_are_written_with_hyphens_too(workspace, script):
-    flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in workspace.flags(script)]
-    assert parse(SCRIPTS[script], flags) == workspace.config(script)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_tells_every_flag_and_what_the_demo_changes(monkeypatch, capsys, script):
-    monkeypatch.setenv("COLUMNS", "500")  # no line breaks within a flag's help
-    with pytest.raises(SystemExit) as end:
-        parse(SCRIPTS[script], ["--help"])
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and "with --demo demo" in said
-    assert all(f"--{name}" in said for name in vars(SCRIPTS[script]()))
-
-
-def test_a_flag_wins_over_the_demo():
-    config = parse(SCRIPTS["Finetune"], ["--demo", "--root", "elsewhere", "--epochs", "3"])
-    assert (config.root, config.epochs, config.batch_size) == ("elsewhere", 3, 16)
-
-
 def test_a_learning_rate_of_zero_learns_nothing(unfinished):
     place = unfinished("Finetune")
     place.run("Finetune", "--learning_rate", "0")
@@ -448,15 +427,3 @@ def test_a_run_that_was_cut_short_is_made_whole_by_the_same_command(monkeypatch,
         complaint(monkeypatch, capsys, "Finetune", place.flags("Finetune"))
     place.run("Finetune")
     assert hashes(place.results / "Finetune") == hashes(workspace.results / "Finetune")
-
-
-def test_an_interrupted_script_says_so_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["Benchmark.py", "--demo"])
-
-    def interrupted(config):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as end:
-        run(interrupted, SCRIPTS["Benchmark"])
-    said = capsys.readouterr().err
-    assert end.value.code == 130 and said.count("\n") == 1 and "interrupted" in said

@@ -75,7 +75,7 @@ class TrainingFlags(HardwareFlags):
     """One training loop. Reference values: the documented experiment (Adam, batch 16 x 4)."""
 
     _argument_group_name: ClassVar[str] = "training"
-    demo_defaults: ClassVar[dict[str, Any]] = {"batch_size": 16, "accumulation_steps": 1, "augment": True}
+    demo_defaults: ClassVar[dict[str, Any]] = {"accumulation_steps": 1, "augment": True}
     epochs: int = option(25, "passes over the training images")
     batch_size: int = option(16, "images that are computed at once")
     accumulation_steps: int = option(4, "batches that make up one optimizer step")

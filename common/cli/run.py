@@ -60,7 +60,7 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         line, status = f"interrupted; {str(interrupt) or 'finished results are whole'}; run {again} to go on", 130
     except Exception as error:
-        if line := _stdout_error():
+        if isinstance(error, OSError) and error.errno and error.filename is None and (line := _stdout_error("\n")):
             status = 2
         elif processes.is_lost_connection(error):
             line, status = f"another process has ended; run {again} to go on", 2
@@ -78,10 +78,14 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     sys.exit(status)
 
 
-def _stdout_error() -> str:
-    """Write out what stdout still holds; what to say if that fails, as when its reader or the disk's space is gone."""
+def _stdout_error(more: str = "") -> str:
+    """Write what stdout still holds, and `more`; what to say if that fails, as when its reader or the disk's space is gone.
+
+    After an error in the middle of a run nothing may be left to write, so only `more` shows whether stdout was the cause.
+    """
     try:
         if sys.stdout is not None:  # as it is where nobody has opened one
+            sys.stdout.write(more)
             sys.stdout.flush()
         return ""
     except OSError as error:
