@@ -17,7 +17,8 @@ from common.data import duplicates
 from common.data.duplicates import NEAR_BITS, NEAR_COLOUR, groups, have_near
 from common.data.images import BITS_BYTES, HASH_BYTES, perceptual_hash
 from common.data.prepare import prepare
-from common.data.splits import SPLITS, grouped_split, random_split
+from common.data.sources import SPLITS
+from common.data.splits import grouped_split, random_split
 from common.errors import UserError
 from common.tasks import DOCUMENTED
 

@@ -22,7 +22,7 @@ from common import models
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
 from common.data.reading import AHEAD, in_order
-from common.data.sources import NO_LABEL, Source
+from common.data.sources import NO_LABEL, NO_SPLIT, Source
 from common.data.splits import choose
 from common.data.tensors import load_task
 from common.errors import UserError
@@ -168,7 +168,7 @@ def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp
 
 def chosen(labels, blocks, count, seed=0):
     """Which rows are taken of labels that come in these blocks."""
-    source = Source(list("abcd"), np.array(labels), np.array(blocks), iter)
+    source = Source(list("abcd"), np.array(labels), iter, np.full(len(labels), NO_SPLIT), np.array(blocks))
     config = parse(PreparationConfig, ["--seed", str(seed), "--images_per_class", str(count)])
     classes, rows, found = choose(source, FIRE, config)
     assert classes == list("abcd") and np.array_equal(found, source.labels[rows]) and len(set(rows)) == len(rows)

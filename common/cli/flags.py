@@ -140,8 +140,15 @@ class SourceFlags:
         "auto", "images of each class, chosen by the seed; 'all' takes as many as there are; auto is 1000 for the documented "
                 "tasks (250 with --demo) and all for own tasks, of whose classes a number is the most that is taken"
     )
-    split: Literal["random", "grouped"] = option(
-        "random", "how images come to train, validation and test; grouped keeps near-duplicates, as in films, on one side"
+    split: Literal["auto", "own", "random", "grouped"] = option(
+        "auto", "how images come to train, validation and test: own keeps the source's own split and cuts what it lacks from "
+                "its train; random cuts each class 60/20/20; grouped does so with near-duplicates, as in films, on one side; "
+                "auto is random for the documented tasks and own for others"
+    )
+    hub_choice: Literal["clustered", "uniform"] = option(
+        "clustered", "which images of a dataset on the Hub are chosen: clustered takes them from few row groups of its files, "
+                     "so that little is fetched, but what lies together comes together; uniform fetches more, gives every "
+                     "image the same chance"
     )
     skip_damaged: bool = option(False, "leave damaged images out and say how many; by default the first one ends the run")
 
@@ -158,6 +165,12 @@ class SourceFlags:
     def own_tasks(self) -> list[Task]:
         """The tasks of --task, with their sources and classes."""
         return own_tasks(self.task, self.classes)
+
+    def split_of(self, task: Task) -> str:
+        """How a task's images are split: own, random or grouped."""
+        if self.split != "auto":
+            return self.split
+        return "random" if task.demo else "own"
 
     def number_of_images(self, task: Task) -> str:
         """How many images of each class of a task are taken: a number, or 'all'."""

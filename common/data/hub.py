@@ -1,11 +1,13 @@
 """A dataset on the Hub, of which only the byte ranges that are needed are fetched, each once."""
 
+import hashlib
 import io
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,34 +21,41 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from common.data.images import Encoded
-from common.data.sources import Source, parquet_source
+from common.data.sources import NO_SPLIT, Source, split_number
+from common.data.tables import parquet_source
 from common.errors import UserError
-from common.files import locked, remove, writing
+from common.files import locked, writing
 from common.tasks import HUB, Task
 
-SPLIT = "train"
 PIECE_BYTES = 2**23  # what one request fetches, and what is fetched anew when it breaks off
 CONNECTIONS = 4
+DIGEST_BYTES = 32  # of SHA-256
 
 
 def hub_source(task: Task) -> Source:
-    """The training split of a task's dataset, in Parquet files, as it is now.
+    """The splits train, validation and test of a task's dataset, in Parquet files, as it is now.
 
     What was fetched stays in the cache of huggingface_hub, below HF_HOME: an interrupted fetch goes on, and no other run
     fetches it again. Raises UserError with the way out if something cannot be had.
     """
-    hub_id = task.source.removeprefix(HUB)
-    print(f"{task.name}: fetching {hub_id} from the Hub", flush=True)
+    name = task.source.removeprefix(HUB)
+    print(f"{task.name}: fetching {name} from the Hub", flush=True)
     with _way_out(task):
-        builder = load_dataset_builder(hub_id)
-        paths = (builder.config.data_files or {}).get(SPLIT, [])
+        builder = load_dataset_builder(name)
+        files = {split: list(paths) for split, paths in (builder.config.data_files or {}).items()}
+        splits = {split: split_number(str(split)) for split in files}
+        if len(files) > 1 and (unknown := [str(split) for split, number in splits.items() if number == NO_SPLIT]):
+            print(f"{task.name}: its splits {', '.join(unknown)} are left out", flush=True)
+            files = {split: paths for split, paths in files.items() if splits[split] != NO_SPLIT}
+        paths = [path for found in files.values() for path in found]
         if not paths or not all(path.endswith(".parquet") for path in paths):
-            raise ValueError(f"it has no split {SPLIT!r} in Parquet files")
+            raise ValueError("it has no images in Parquet files")
         fetch = _Fetch(task, paths)
-    guard = partial(_way_out, task, fetch.folder)
+    guard = partial(_way_out, task, fetch)
     with guard(), locked(fetch.folder, wait=True), ThreadPoolExecutor(CONNECTIONS) as pool:
         deque(pool.map(fetch.opened, paths), maxlen=0)  # so that the footers arrive together
-        source = parquet_source(paths, fetch.opened, guard, hub_id, builder.info.features)
+        split_of = [splits[split] for split, found in files.items() for _ in found]
+        source = parquet_source(paths, split_of, fetch.opened, guard, name, builder.info.features)
 
     def bring(rows: np.ndarray) -> None:
         block_of = source.blocks[rows]
@@ -58,24 +67,28 @@ def hub_source(task: Task) -> Source:
         for image in source.read(rows):
             yield image if isinstance(image, bytes) else None  # a path would be one of this machine, not of the Hub
 
-    return Source(source.classes, source.labels, source.blocks, read, bring)
+    return replace(source, read=read, fetch=bring)
 
 
 @contextmanager
-def _way_out(task: Task, folder: Path | None = None) -> Iterator[None]:
-    """Turn what goes wrong into one line that says what to do. Pieces in `folder` that turn out damaged are deleted."""
-    hub_id = task.source.removeprefix(HUB)
+def _way_out(task: Task, fetch: "_Fetch | None" = None) -> Iterator[None]:
+    """Turn what goes wrong into one line that says what to do.
+
+    What was fetched stays. A piece that was damaged here does not match its checksum and is fetched anew when it is read;
+    deleted are only those pieces of a file that arrived as they are and that Parquet cannot be read from.
+    """
+    name = task.source.removeprefix(HUB)
     local = (f"use --demo for generated images, or --{task.key}_source for a local copy" if task.demo else
              f"give a local copy: --task {task.key}=FOLDER")
     try:
         yield
     except DatasetNotFoundError as error:
-        raise UserError(f"the Hub has no dataset {hub_id} that you may read; {local}") from error
+        raise UserError(f"the Hub has no dataset {name} that you may read; {local}") from error
     except (OSError, ValueError, TypeError, RuntimeError, DatasetsError, HTTPError, pa.ArrowException) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        if folder and not isinstance(error, HTTPError | ConnectionError):
-            remove(folder)
-        raise UserError(f"{hub_id} could not be fetched from the Hub ({reason}); check the network and run the same "
+        reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+        if fetch and isinstance(error, pa.ArrowException):
+            fetch.forget()
+        raise UserError(f"{name} could not be fetched from the Hub ({reason}); check the network and run the same "
                         f"command again, which goes on from here, or {local}") from error
 
 
@@ -88,18 +101,27 @@ class _Fetch:
         self.folder = cached_assets_path("context-gated-moe", task.source.removeprefix(HUB), revision)
         self.sizes = {path: self.files.info(path)["size"] for path in paths}
         self.footers: dict[str, pq.FileMetaData] = {}
-        self.counting = threading.Lock()
+        self.counting, self.opened_here = threading.Lock(), threading.local()
         self.fetched = self.here_before = 0
         self.bar = tqdm(disable=True)
 
     def opened(self, path: str) -> pq.ParquetFile:
         """Open one of the files; only its footer is read now."""
-        file = _RemoteFile(self, path)
+        file = self.opened_here.file = _RemoteFile(self, path)
         if path not in self.footers:
             end = self.sizes[path]
             length = int.from_bytes(file.range(end - 8, end)[:4], "little")
-            self.footers[path] = pq.read_metadata(pa.BufferReader(file.range(end - 8 - length, end)))
+            try:
+                self.footers[path] = pq.read_metadata(pa.BufferReader(file.range(end - 8 - length, end)))
+            except pa.ArrowException:
+                self.forget()
+                raise
         return pq.ParquetFile(file, metadata=self.footers[path], buffer_size=PIECE_BYTES, pre_buffer=False)
+
+    def forget(self) -> None:
+        """Delete the pieces that were read from the file that this thread opened last."""
+        for piece in self.opened_here.file.used:
+            piece.unlink(missing_ok=True)
 
     @contextmanager
     def progress(self, blocks: np.ndarray) -> Iterator[None]:
@@ -123,11 +145,15 @@ class _Fetch:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file on the Hub to read as if it were here: each range that is read is fetched and kept as a file of its own."""
+    """A file on the Hub to read as if it were here: each range that is read is fetched and kept as a file of its own.
+
+    Such a piece begins with the SHA-256 of the rest.
+    """
 
     def __init__(self, fetch: _Fetch, path: str):
         self.fetch, self.path, self.position = fetch, path, 0
         self.pieces = fetch.folder / fetch.files.resolve_path(path).path_in_repo
+        self.used: list[Path] = []
 
     def readable(self) -> bool:
         """Yes."""
@@ -156,16 +182,21 @@ class _RemoteFile(io.RawIOBase):
     def range(self, start: int, end: int) -> bytes:
         """These bytes, from here or from the Hub, which is asked again and again, less and less often, if it fails."""
         piece = self.pieces / f"{start}-{end}"
-        here = piece.is_file() and piece.stat().st_size == end - start
-        if here:
-            content = piece.read_bytes()
-        else:
+        self.used.append(piece)
+        known = piece.read_bytes() if piece.is_file() else b""
+        digest, content = known[:DIGEST_BYTES], known[DIGEST_BYTES:]
+        here = len(content) == end - start and hashlib.sha256(content).digest() == digest
+        if not here:
             with self.fetch.files.open(self.path, "rb", cache_type="none") as remote:
                 remote.seek(start)
                 content = remote.read(end - start)
             if len(content) != end - start:
                 raise ConnectionError(f"the Hub sent {len(content)} bytes of {self.path} where {end - start} were asked for")
-            with writing(piece) as part:
-                part.write_bytes(content)
+            try:
+                with writing(piece) as part:
+                    part.write_bytes(hashlib.sha256(content).digest() + content)
+            except UserError as error:
+                raise UserError(f"{self.fetch.folder} cannot be written ({error.__cause__}); make room or let HF_HOME name a "
+                                "folder elsewhere, then run the same command again, which goes on from here") from error
         self.fetch.count(here, end - start)
         return content

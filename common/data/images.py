@@ -1,6 +1,10 @@
 """One image of any kind Pillow opens: to upright RGB, and to the few bits that near-duplicates share."""
 
+import functools
 import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -8,7 +12,6 @@ from PIL import ExifTags, ImageCms, ImageOps
 from PIL import Image as PILImage
 from scipy.fft import dctn
 
-IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 HASH_SIDE = 16  # of the square of low frequencies that make up the hash
 BITS_BYTES = HASH_SIDE**2 // 8
 HASH_BYTES = BITS_BYTES + 3
@@ -42,10 +45,36 @@ class DamagedImage(Exception):
         return f"the image in row {row}{self.path} of {of} is damaged: {self}"
 
 
-def read_image(encoded: Encoded) -> tuple[bytes, np.ndarray]:
+USUAL_TOPS = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of fractions, and of 8, 10, 12, 14 and 16 bits
+
+Levels = tuple[float, float]  # the lowest and the highest grey level of images of more than 8 bits
+
+
+@dataclass
+class Read:
     """An image as encoded upright RGB, and its perceptual hash (HASH_BYTES,) uint8.
 
-    One that is upright RGB already is kept byte for byte; any other becomes a PNG. Raises DamagedImage.
+    levels: of an image of more than 8 bits of grey, which is as it was, without a hash, until it is known which levels all
+    of these have together. brightest: of one of more than 8 bits a channel, of which Pillow keeps 8, the highest level.
+    """
+
+    content: bytes
+    hash: np.ndarray | None = None
+    levels: Levels | None = None
+    brightest: int | None = None
+
+
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """The endings, as `.png`, of the files that the installed Pillow opens."""
+    PILImage.init()
+    return frozenset(end for end, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN)
+
+
+def read_image(encoded: Encoded, levels: Levels | None = None) -> Read:
+    """Read an image; one that is upright RGB already is kept byte for byte, any other becomes a PNG.
+
+    levels: what becomes 0 and 255 in one of more than 8 bits of grey. Raises DamagedImage.
     """
     try:
         content = encoded if isinstance(encoded, bytes | None) else encoded.read_bytes()
@@ -54,12 +83,17 @@ def read_image(encoded: Encoded) -> tuple[bytes, np.ndarray]:
         with PILImage.open(io.BytesIO(content)) as opened:
             if (pixels := opened.width * opened.height) > MOST_PIXELS:
                 raise DamagedImage(encoded, f"it has {pixels:,} pixels, more than {MOST_PIXELS:,}")
+            deep = re.search(";16[BLN]", str(opened.tile))  # how its pixels are stored
             opened.load()
+            if opened.mode.startswith(("I", "F")):
+                if levels is None:
+                    return Read(content, levels=_levels(opened))
+                deep = None
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            if opened.mode == "RGB" and not turned and not opened.has_transparency_data:
-                return content, perceptual_hash(opened)
-            rgb = to_rgb(ImageOps.exif_transpose(opened))
-            return png(rgb), perceptual_hash(rgb)
+            kept = opened.mode == "RGB" and not turned and not opened.has_transparency_data
+            rgb = opened if kept else to_rgb(ImageOps.exif_transpose(opened), levels)
+            brightest = max(high for _, high in rgb.getextrema()) if deep else None
+            return Read(content if kept else png(rgb), perceptual_hash(rgb), brightest=brightest)
     except DamagedImage:
         raise
     except PILImage.UnidentifiedImageError as error:
@@ -68,12 +102,24 @@ def read_image(encoded: Encoded) -> tuple[bytes, np.ndarray]:
         raise DamagedImage(encoded, str(error) or type(error).__name__) from error
 
 
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Convert any image Pillow opens: transparency over white, 16 bits a channel scaled to 8."""
+def _levels(image: PILImage.Image) -> Levels:
+    values = np.asarray(image)
+    values = values[np.isfinite(values)]
+    return float(values.min(initial=0)), float(values.max(initial=0))
+
+
+def common_levels(levels: Sequence[Levels]) -> Levels:
+    """The levels that become 0 and 255 in all of these images: 0, or less where one has less, and a usual highest one."""
+    lowest, highest = min(low for low, _ in levels), max(high for _, high in levels)
+    return min(lowest, 0.0), next((top for top in USUAL_TOPS if highest <= top), highest)
+
+
+def to_rgb(image: PILImage.Image, levels: Levels | None = None) -> PILImage.Image:
+    """Convert any image Pillow opens: transparency over white, grey of more than 8 bits by the levels for 0 and 255."""
     if image.mode.startswith(("I", "F")):
+        low, high = levels
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 65535 if image.mode.startswith("I") else max(values.max(), 1.0)
-        return PILImage.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return PILImage.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")

@@ -1,6 +1,7 @@
 """Images: from their sources to a prepared dataset on disk, and from there to tensors in memory."""
 
 import tempfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,21 @@ import numpy as np
 
 from common.cli.flags import PreparationConfig
 from common.data import duplicates
+from common.data.folders import folder_source, zip_source
+from common.data.generated import demo_source
 from common.data.hub import hub_source
+from common.data.images import image_endings
 from common.data.reading import Images, read_images
-from common.data.sources import Source, demo_source, local_source
-from common.data.splits import FEWEST, choose, grouped_split, random_split
+from common.data.sources import NO_LABEL, NO_SPLIT, Source, some
+from common.data.splits import FEWEST, choose, grouped_split, own_splits, random_split
 from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_splits
+from common.data.tables import local_parquet_source, saved_source
 from common.errors import UserError
 from common.files import locked, tidy, write_json, writing
 from common.tasks import DOCUMENTED, HUB, Task, place, with_those_of
 
 GENERATED = "generated"  # the source of the demo's images
+EARLIER = {"hub_choice": "clustered"}  # settings that manifests of earlier versions do not have
 
 
 def planned(config: PreparationConfig) -> list[Task]:
@@ -39,29 +45,32 @@ def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
     task = _as_asked(task, config)
     folder = Path(config.root) / task.dataset_folder
     wanted = {
-        "demo": config.demo, "source": task.source.removeprefix(HUB), "seed": config.seed, "split": config.split,
-        "images_per_class": config.number_of_images(task), "requested_classes": list(task.classes),
+        "demo": config.demo, "source": task.source.removeprefix(HUB), "seed": config.seed,
+        "split": config.split_of(task), "hub_choice": config.hub_choice, "images_per_class": config.number_of_images(task),
+        "requested_classes": list(task.classes),
     }
     with locked(folder.parent):
         tidy(folder)
         if (folder / MANIFEST_FILE).exists() and not config.overwrite:
             manifest = read_manifest(task, config)
             for key, value in wanted.items():
-                if manifest.get(key) != value:
+                if manifest.get(key, EARLIER.get(key)) != value:
                     raise UserError(f"{folder} was made with {key} = {manifest.get(key)}, not {value}; add --overwrite to "
                                     "make it anew, or choose another --root")
             return manifest
         if folder.exists() and not config.overwrite:
             raise UserError(f"{folder} exists, but Data_Preparation.py did not make it; add --overwrite to replace it, or "
                             "choose another --root")
-        source = _source(task, config)
+        source = _opened(task, config)
         classes, rows, labels = choose(source, task, config)
+        _tell_of_blocks(source, rows, task)
         source.fetch(rows)
         with writing(folder) as part:
             part.mkdir()
             with tempfile.TemporaryFile(dir=part) as file:
                 images = read_images(source, rows, file, task, config.skip_damaged)
-                manifest = {**wanted, **_write(part, images, labels, classes, config)}
+                made = _write(part, images, labels, classes, source.splits[rows], wanted["split"], config.seed)
+            manifest = {**wanted, **made}
             write_json(part / MANIFEST_FILE, manifest)
     return manifest
 
@@ -75,28 +84,66 @@ def _as_asked(task: Task, config: PreparationConfig) -> Task:
     return replace(task, source=source, classes=tuple(getattr(config, f"{task.key}_classes")))
 
 
-def _source(task: Task, config: PreparationConfig) -> Source:
+def _opened(task: Task, config: PreparationConfig) -> Source:
+    """A task's source, without its own split unless that is to be kept; what of it cannot be used is told."""
     if task.source.startswith(HUB):
-        return hub_source(task)
-    if task.source != GENERATED:
-        return local_source(Path(task.source), task)
-    if config.images_per_class == "all":
+        source = hub_source(task)
+    elif task.source != GENERATED:
+        source = local_source(Path(task.source), task.source_flag)
+    elif config.images_per_class == "all":
         raise UserError("--images_per_class all needs a source with an end; --demo can generate any number, say how many")
-    return demo_source(task, config.seed, int(config.number_of_images(task)))
+    else:
+        source = demo_source(task, config.seed, int(config.number_of_images(task)))
+    if lost := (source.labels == NO_LABEL).sum():
+        print(f"{task.name}: {lost:,} images have no label and are left out", flush=True)
+    labelled = np.where(source.labels == NO_LABEL, NO_SPLIT, source.splits)
+    keep = config.split_of(task) == "own" and own_splits(labelled)
+    return replace(source, splits=labelled if keep else np.full_like(labelled, NO_SPLIT))
 
 
-def _write(
-        folder: Path, images: Images, labels: np.ndarray, classes: list[str], config: PreparationConfig) -> dict[str, Any]:
-    """Split the images and write them; return what the manifest tells of them. labels: (N,), of the damaged ones too."""
+def local_source(path: Path, where: str) -> Source:
+    """Open a folder of images, a zip of it, a saved Dataset or DatasetDict, or Parquet files. where: begins messages.
+
+    Raises UserError if there is nothing of the kind, or it cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"{where} does not exist")
+    if path.is_file():
+        if zipfile.is_zipfile(path):
+            return zip_source(path, where)
+        kind = "Parquet" if path.suffix.lower() == ".parquet" else "Parquet or a zip"
+        return local_parquet_source([path], path.parent, where, kind)
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return saved_source(path, where)
+    parquet = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith("."))
+    if not parquet:
+        return folder_source(path, where)
+    images = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.suffix.lower() in image_endings()]
+    if images := [name for name in images if not name.startswith(".")]:
+        raise UserError(f"{where} holds Parquet files ({some([file.name for file in parquet])}) and images ({some(images)}); "
+                        "give a folder of one of them")
+    return local_parquet_source(parquet, path, where, "Parquet")
+
+
+def _tell_of_blocks(source: Source, rows: np.ndarray, task: Task) -> None:
+    used, there = len(np.unique(source.blocks[rows])), source.blocks.max(initial=0) + 1
+    if used < there:
+        print(f"{task.name}: the images are from {used} of {there} row groups of the Hub's files, so neighbours come together; "
+              "--hub_choice uniform chooses among all images alike", flush=True)
+
+
+def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str], own: np.ndarray, split: str,
+           seed: int) -> dict[str, Any]:
+    """Split the images and write them; return what the manifest tells of them. labels, own: (N,), of the damaged ones too."""
     kept = np.flatnonzero(images.kept)
     for label, name in enumerate(classes):
         if (count := (labels[kept] == label).sum()) < FEWEST:
             raise UserError(f"class {name!r} has only {count} images that are not damaged; choose other classes or more "
                             "images")
-    if config.split == "grouped":
-        splits = grouped_split(labels[kept], duplicates.groups(images.hashes[kept]), config.seed, classes)
+    if split == "grouped":
+        splits = grouped_split(labels[kept], duplicates.groups(images.hashes[kept]), seed, classes)
     else:
-        splits = random_split(labels[kept], config.seed)
+        splits = random_split(labels[kept], seed, own[kept], classes)
     splits = {name: kept[places] for name, places in splits.items()}
     digest = fingerprint({name: [(images.digests[i], int(labels[i])) for i in places] for name, places in splits.items()})
     rows = {name: zip(images.contents(places), labels[places].tolist(), strict=True) for name, places in splits.items()}
@@ -104,20 +151,5 @@ def _write(
     near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
     return {
         "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
-        "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
+        "own_splits": own_splits(own), "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
     }
-
-
-# ---- tensors ----
-
-
-
-
-
-
-
-
-
-
-
-

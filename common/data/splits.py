@@ -5,11 +5,10 @@ import unicodedata
 import numpy as np
 
 from common.cli.flags import PreparationConfig
-from common.data.sources import Source
+from common.data.sources import SPLITS, Source
 from common.errors import UserError
 from common.tasks import Task
 
-SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 CLASSES_PER_TASK = 4
 FEWEST = 5  # images of a class, so that each split has one
 
@@ -21,6 +20,8 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
     """
     names = source.classes
     classes = task.classes or (names[:CLASSES_PER_TASK] if task.demo else names)
+    if list(classes) == ["all"] and "all" not in names:
+        classes = names
     for name in classes:
         if name not in names:
             raise UserError(f"{task.classes_flag}: there is no class {name!r}; there are {', '.join(names)}")
@@ -31,7 +32,8 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
     if len(set(classes)) < max(2, len(classes)):
         raise UserError(f"{task.classes_flag}: needs two or more different classes, not {', '.join(classes)}")
     rng = np.random.default_rng(config.seed)
-    turn = np.random.default_rng([config.seed, 1]).permutation(source.blocks.max(initial=0) + 1)
+    blocks = source.blocks if config.hub_choice == "clustered" else np.zeros_like(source.blocks)
+    turn = np.random.default_rng([config.seed, 1]).permutation(blocks.max(initial=0) + 1)
     chosen = []
     for name in classes:
         rows = rng.permutation(np.flatnonzero(source.labels == names.index(name)))
@@ -40,23 +42,53 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
         if len(rows) < max(count, FEWEST):
             raise UserError(f"class {name!r} of {task.name} has {len(rows)} images, fewer than {max(count, FEWEST)}; "
                             "lower --images_per_class or choose other classes")
-        turns = turn[source.blocks[rows]]  # as many blocks as it takes, in an order that all classes share
-        chosen.append(np.sort(rows[turns <= np.sort(turns)[count - 1]][:count]))
+        taken = []
+        for part, some in _shares(rows, source.splits[rows], count):
+            turns = turn[blocks[part]]  # as many blocks as it takes, in an order that all classes share
+            taken.append(part[turns <= np.sort(turns)[some - 1]][:some])
+        chosen.append(np.sort(np.concatenate(taken)))
     return list(classes), np.concatenate(chosen), np.repeat(np.arange(len(classes)), [len(rows) for rows in chosen])
+
+
+def _shares(rows: np.ndarray, splits: np.ndarray, count: int) -> list[tuple[np.ndarray, int]]:
+    """The rows of each split, and how many of them to take: as they are to each other, one or more, at most `count` in all."""
+    parts = [rows[splits == number] for number in np.unique(splits)]
+    parts.sort(key=len)
+    numbers = [max(1, round(len(part) * count / len(rows))) for part in parts[:-1]]
+    return list(zip(parts, [*numbers, min(count - sum(numbers), len(parts[-1]))], strict=True))
 
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def random_split(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Cut every class 60/20/20, then shuffle each split, both by the seed. labels: (N,); split -> positions in it."""
+def own_splits(splits: np.ndarray) -> list[str]:
+    """Which splits a source has of its own, by the split (N,) of every row: none if there is no train, or nothing else."""
+    found = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
+    return found if found[:1] == ["train"] and found != ["train"] else []
+
+
+def random_split(labels: np.ndarray, seed: int, own: np.ndarray | None = None,
+                 classes: list[str] | None = None) -> dict[str, np.ndarray]:
+    """Cut every class 60/20/20, then shuffle each split, both by the seed. labels: (N,); split -> positions in it.
+
+    own: (N,) the split that a row is in already: only what no row is in is cut, from train, in the same proportions.
+    Raises UserError if a class, of these names, has no image, or too few to cut, in one of the splits that are kept.
+    """
     rng = np.random.default_rng(seed)
+    kept = [] if own is None else own_splits(own)
+    shares = {name: share for name, share in SPLITS.items() if name == "train" or name not in kept}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        ends = np.round(np.cumsum(list(SPLITS.values())) * len(rows)).astype(int)
-        for name, part in zip(SPLITS, np.split(rows, ends[:-1]), strict=True):
+        there = {name: np.flatnonzero((labels == label) & (own == list(SPLITS).index(name))) for name in kept}
+        rows = rng.permutation(there.pop("train") if kept else np.flatnonzero(labels == label))
+        for name, needed, found in [("train", len(shares), rows), *((name, 1, part) for name, part in there.items())]:
+            if len(found) < needed:
+                raise UserError(f"class {classes[label]!r} has {len(found)} images in {name}, fewer than {needed}; choose "
+                                "other classes, or add --split random to cut all of the source's images anew")
+        ends = np.round(np.cumsum([*shares.values()]) / sum(shares.values()) * len(rows)).astype(int)
+        ends = np.minimum(ends, len(rows) - np.arange(len(shares))[::-1])  # one or more is left for each
+        for name, part in [*zip(shares, np.split(rows, ends[:-1]), strict=True), *there.items()]:
             parts[name].append(part)
     return {name: rng.permutation(np.concatenate(part)) for name, part in parts.items()}
 

@@ -19,7 +19,7 @@ from transformers import BaseImageProcessor
 from common.cli.flags import RunFlags
 from common.cli.parser import command
 from common.data.reading import CORES, in_order
-from common.data.splits import SPLITS
+from common.data.sources import SPLITS
 from common.data.store import Row, fingerprint, read_manifest, read_split
 from common.errors import UserError
 from common.files import locked, sweep, writing

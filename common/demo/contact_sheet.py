@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.data.sources import generator
+from common.data.generated import generator
 from common.tasks import DOCUMENTED, Task
 
 COLUMNS = 8

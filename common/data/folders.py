@@ -1,0 +1,238 @@
+"""Folders and zips of images: class folders, these inside split folders, or a metadata file; whatever fits none is refused."""
+
+import csv
+import io
+import json
+import os
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.images import ImageFile, image_endings
+from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, some, split_number
+from common.errors import UserError
+from common.files import is_unicode
+
+LARGEST_IMAGE = 2**30  # bytes in a zip, where a small file may unpack to any size
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+METADATA_COLUMNS = ("file_name", "label")
+UTF8_NAME = 0x800  # the flag of an entry of a zip whose name is UTF-8
+UNICODE_PATH = 0x7075  # the extra field that has the name as UTF-8 where the name itself is in an older encoding
+ENCRYPTED = 1
+COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file below the source. parts: the folders that lead to it, from the source down, and its name."""
+
+    parts: tuple[str, ...]
+    content: ImageFile
+
+    @property
+    def ending(self) -> str:
+        """`.png`, in lower case."""
+        return Path(self.parts[-1]).suffix.lower()
+
+    def __str__(self) -> str:
+        return "/".join(self.parts)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image with its class, None if it has none, and the split that the source has it in."""
+
+    file: File
+    label: str | None
+    split: int = NO_SPLIT
+
+
+@dataclass(frozen=True)
+class _ZipMember:
+    """A file in a zip, read in place."""
+
+    archive: zipfile.ZipFile
+    entry: zipfile.ZipInfo
+    name: str
+
+    def read_bytes(self) -> bytes:
+        return self.archive.read(self.entry)
+
+    def __str__(self) -> str:
+        return f"{self.archive.filename}/{self.name}"
+
+
+def folder_source(folder: Path, where: str) -> Source:
+    """Images in a folder. Raises UserError, beginning with `where`, if their labels are not clear or one would be left out."""
+    with readable(where, "a folder"):
+        return _source(list(_walked(folder)), where)
+
+
+def zip_source(path: Path, where: str) -> Source:
+    """Images in a zip, read in place: nothing is unpacked, so none of its paths can lead anywhere else. Raises as above."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where} cannot be read as a zip ({error})") from error
+    return _source(list(_entries(archive, where)), where)
+
+
+def _walked(folder: Path) -> Iterator[File]:
+    """Every file below a folder, links followed; hidden ones are none."""
+    def fail(error: OSError) -> None:
+        raise error
+
+    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        here = os.path.realpath(top)
+        folders[:] = [name for name in folders if not _hidden(name)  # a link to a folder it is in has no end
+                      and not f"{here}/".startswith(f"{os.path.realpath(os.path.join(top, name))}/")]
+        path = Path(top)
+        names += [name for name in folders if Path(name).suffix.lower() in image_endings() and not os.listdir(path / name)]
+        yield from (File((*path.relative_to(folder).parts, name), path / name) for name in names if not _hidden(name))
+
+
+def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
+    """Every file in a zip. Of two of one name the later counts, as it does when the zip is unpacked."""
+    found, outside = {}, []
+    for entry in archive.infolist():
+        name = _name(entry)
+        parts = tuple(part for part in name.split("/") if part not in ("", "."))
+        if entry.is_dir() or name.endswith("/") or not parts or any(map(_hidden, (part for part in parts if part != ".."))):
+            continue
+        if name.startswith("/") or ".." in parts:
+            outside.append(name)
+            continue
+        if entry.flag_bits & ENCRYPTED:
+            raise UserError(f"{where} is encrypted; unpack it and give the folder")
+        if entry.compress_type not in COMPRESSIONS:
+            raise UserError(f"{where} is compressed in a way that Python does not read ({name}); unpack it and give the folder")
+        file = File(parts, _ZipMember(archive, entry, "/".join(parts)))
+        if entry.file_size > LARGEST_IMAGE and file.ending in image_endings():
+            raise UserError(f"{where} holds {name} of {entry.file_size / 1e9:.0f} GB, too large for an image; remove it")
+        found[parts] = file
+    if outside:
+        print(f"{where}: passed over {len(outside)} entries whose paths lead out of the zip ({some(outside)})", flush=True)
+    yield from found.values()
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    """The name of an entry of a zip, which Python takes for code page 437 wherever the zip does not say UTF-8."""
+    name = entry.orig_filename
+    if not entry.flag_bits & UTF8_NAME:
+        raw, extra = name.encode("cp437"), entry.extra
+        while len(extra) >= 4:
+            kind, size = (int.from_bytes(extra[start : start + 2], "little") for start in (0, 2))
+            if kind == UNICODE_PATH and size > 5:  # after a version and a checksum of the other name
+                raw = extra[9 : 4 + size]
+            extra = extra[4 + size :]
+        try:
+            name = raw.decode()
+        except UnicodeDecodeError:
+            pass  # code page 437 it is
+    return name.partition("\0")[0].replace("\\", "/")
+
+
+def _hidden(name: str) -> bool:
+    """What systems put beside files: .DS_Store, ._00.png, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _source(files: list[File], where: str) -> Source:
+    """Find out the labels, and say which files are passed over."""
+    images = [file for file in files if file.ending in image_endings()]
+    others = [file for file in files if file.ending not in image_endings()]
+    if not images:
+        endings = f"; its files end in {', '.join(sorted({file.ending or 'nothing' for file in others}))}" if others else ""
+        raise UserError(f"{where} has neither subfolders with images nor Parquet files nor a saved dataset{endings}")
+    metadata = [file for file in others if file.parts[-1].lower() in METADATA_FILES]
+    rows = [_rows(file, where) for file in metadata]
+    if metadata and all(set(METADATA_COLUMNS) <= set(row) for part in rows for row in part):
+        labelled = _by_metadata(images, dict(zip(metadata, rows, strict=True)), where)
+        others = [file for file in others if file not in metadata]
+    else:
+        labelled = _by_folders(images, others, where, metadata)
+    if others:
+        endings = Counter(file.ending or "no ending" for file in others)
+        print(f"{where}: passed over {len(others):,} files that are no images by their endings: "
+              f"{', '.join(f'{count:,} {ending}' for ending, count in endings.most_common())}", flush=True)
+    return _sorted_by_class(labelled, where)
+
+
+def _sorted_by_class(labelled: list[Labelled], where: str) -> Source:
+    named = [replace(image, label=image.label and unicodedata.normalize("NFC", image.label)) for image in labelled]
+    classes = ordered(image.label for image in named if image.label is not None)
+    for name in classes:
+        if not is_unicode(name):
+            raise UserError(f"{where} has a class whose name is no UTF-8: {name}; rename the folder")
+    number: dict[str | None, int] = {name: place for place, name in enumerate(classes)}
+    named.sort(key=lambda image: (number.get(image.label, NO_LABEL), image.file.parts))
+    labels = np.array([number.get(image.label, NO_LABEL) for image in named], dtype=np.int64)
+    splits = np.array([image.split for image in named], dtype=np.int64)
+    return Source(classes, labels, lambda rows: (named[row].file.content for row in rows), splits, np.zeros_like(labels))
+
+
+def _by_folders(images: list[File], others: list[File], where: str, metadata: list[File]) -> list[Labelled]:
+    """Labels by the folder an image is in: CLASS/IMAGE or SPLIT/CLASS/IMAGE, below any number of folders around all of it."""
+    skipped = 0  # of such folders
+    while len({file.parts[skipped] for file in images}) == 1 and min(len(file.parts) for file in images) > skipped + 2:
+        skipped += 1
+    tops = ordered(file.parts[skipped] for file in images if len(file.parts) > skipped + 1)
+    split = bool(tops) and all(split_number(top) != NO_SPLIT for top in tops)
+    depth = skipped + 1 + split  # where an image's name is
+    elsewhere = [str(file) for file in images if len(file.parts) != depth + 1]
+    if elsewhere and not split and all(len(file.parts) == depth + 2 for file in images):
+        raise UserError(f"{where} has classes in several folders ({', '.join(tops)}); give one of them")
+    if elsewhere:
+        listed = f"no {' or '.join(METADATA_FILES)} lists these with columns {' and '.join(METADATA_COLUMNS)}"
+        if metadata:
+            listed = f"{metadata[0]} has no columns {' and '.join(METADATA_COLUMNS)}"
+        raise UserError(f"{where}: {len(elsewhere):,} images are not directly in a class folder "
+                        f"({some(elsewhere)}), and {listed}; move or remove them")
+    around = images[0].parts[:skipped]
+    classes = {file.parts[depth - 1] for file in images}
+    empty: dict[str, list[File]] = {}
+    for file in others:
+        if len(file.parts) > depth and file.parts[:skipped] == around and file.parts[depth - 1] not in classes:
+            empty.setdefault("/".join(file.parts[:depth]), []).append(file)
+    for name, inside in empty.items():
+        endings = ", ".join(sorted({file.ending or "nothing" for file in inside}))
+        raise UserError(f"{where}: the folder {name} has no images, only {len(inside):,} files that end in {endings}; convert "
+                        "them to a format that Pillow opens, or remove the folder")
+    return [Labelled(file, file.parts[depth - 1], split_number(file.parts[skipped]) if split else NO_SPLIT) for file in images]
+
+
+def _rows(file: File, where: str) -> list[dict[str, Any]]:
+    """The rows of a metadata file."""
+    with readable(f"{where}: {file}", "a table"):
+        text = file.content.read_bytes().decode("utf-8-sig")
+        if file.ending == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line is no object")
+            return rows
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], where: str) -> list[Labelled]:
+    """Labels by tables of file names, each relative to the folder the table is in; the split by a folder of such a name."""
+    labels = {}
+    for table, rows in tables.items():
+        for row in rows:
+            path = os.path.normpath("/".join([*table.parts[:-1], str(row["file_name"]).replace("\\", "/")]))
+            labels[path] = None if row["label"] in (None, "") else str(row["label"])
+    paths = [str(file) for file in images]
+    if missing := sorted(set(labels) - set(paths)):
+        raise UserError(f"{where}: {some([str(table) for table in tables])} lists {len(missing):,} images that are not there "
+                        f"({some(missing)})")
+    if unlisted := [path for path in paths if path not in labels]:
+        raise UserError(f"{where}: {some([str(table) for table in tables])} leaves out {len(unlisted):,} images "
+                        f"({some(unlisted)}); list or remove them")
+    splits = [next((number for part in file.parts[:-1] if (number := split_number(part)) != NO_SPLIT), NO_SPLIT)
+              for file in images]
+    return [Labelled(file, labels[path], split) for file, path, split in zip(images, paths, splits, strict=True)]

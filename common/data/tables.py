@@ -1,0 +1,156 @@
+"""Images in tables with columns `image` and `label`: Parquet files, and what `datasets` saved."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_datasets, load_from_disk
+
+from common.data.images import Encoded
+from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, split_number
+from common.errors import UserError
+
+ROWS_AT_ONCE = 32  # an image may have a megabyte
+
+
+def local_parquet_source(paths: Sequence[Path], top: Path, where: str, kind: str) -> Source:
+    """Parquet files on this machine, each of the split that its name or a folder below `top` says, if all say one."""
+    splits = [_split_of(path.relative_to(top)) for path in paths]
+    if NO_SPLIT in splits:
+        splits = [NO_SPLIT] * len(paths)
+    source = parquet_source(paths, splits, _open_local, partial(readable, where, kind), where)
+    return replace(source, blocks=np.zeros_like(source.labels))  # to read of many row groups costs little here
+
+
+def _split_of(path: Path) -> int:
+    """By a folder, or the beginning of the file's name as in train-00000-of-00003.parquet."""
+    words = [*path.parts[:-1], re.split(r"[-_.]", path.name)[0]]
+    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT)
+
+
+def parquet_source(
+        files: Sequence[Any], splits: Sequence[int], opened: Callable[[Any], pq.ParquetFile],
+        guard: Callable[[], AbstractContextManager], where: str, features: Features | None = None) -> Source:
+    """Images in Parquet files, of which only what is asked for is read; a row group is a block.
+
+    splits: of each file, as in Source. opened: makes a ParquetFile of one of `files`. guard: what every read happens
+    within, to name what goes wrong. features: what is known better than the files know it. Raises UserError, beginning
+    with `where`, on other columns.
+    """
+    values: list[Any] = []
+    groups = []  # file, row group in it, number of its first row in all files, how many rows it has
+    split_of: list[int] = []
+    columns: list[Any] = []  # what `image` and `label` are in the first file, and have to be in every other
+    for path, split in zip(files, splits, strict=True):
+        with guard(), opened(path) as file:
+            found = features or Features.from_arrow_schema(file.schema_arrow)
+            found = [found.get(name) for name in ("image", "label")]
+            columns = columns or found
+            if found != columns:
+                raise ValueError(f"{path} has other columns or classes than {files[0]}")
+            _check_columns(file.schema_arrow, where)
+            for group in range(file.num_row_groups):
+                groups.append((path, group, len(values), file.metadata.row_group(group).num_rows))
+                values += _group_labels(file, group)
+            split_of += [split] * (len(values) - len(split_of))
+
+    def read(rows: np.ndarray) -> Iterator[Encoded]:
+        for path, group, start, count in groups:
+            wanted = rows[(rows >= start) & (rows < start + count)] - start
+            if len(wanted):
+                with guard(), opened(path) as file:
+                    for first, batch in _batches(file, group):
+                        inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
+                        yield from map(_encoded, batch.column("image").take(inside).to_pylist())
+
+    with guard():
+        classes, labels = _class_labels(values, columns[1])
+    blocks = np.repeat(np.arange(len(groups)), [count for *_, count in groups])
+    return Source(classes, labels, read, np.array(split_of, dtype=np.int64), blocks)
+
+
+def _batches(file: pq.ParquetFile, group: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The images of a row group a few at a time, each time with the number of the first."""
+    first = 0
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=["image"]):
+        yield first, batch
+        first += len(batch)
+
+
+def _group_labels(file: pq.ParquetFile, group: int) -> list[Any]:
+    """The labels of a row group. Where they are one number, as in a sorted dataset, the file's footer has it already."""
+    columns = file.metadata.row_group(group)
+    column = next(c for c in map(columns.column, range(columns.num_columns)) if c.path_in_schema == "label")
+    known = column.statistics if column.physical_type in ("INT32", "INT64") else None
+    if known and known.has_min_max and known.null_count == 0 and known.min == known.max:
+        return [known.min] * columns.num_rows
+    return file.read_row_group(group, columns=["label"])["label"].to_pylist()
+
+
+def _open_local(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # a piece at a time: a row group may have gigabytes
+
+
+def saved_source(folder: Path, where: str) -> Source:
+    """A Dataset or all splits of a DatasetDict that `save_to_disk` wrote."""
+    kind = "a saved dataset"
+
+    def opened() -> dict[str, Dataset]:
+        with readable(where, kind):
+            saved = load_from_disk(str(folder))
+            return saved if isinstance(saved, DatasetDict) else {"": saved}
+
+    def read(rows: np.ndarray) -> Iterator[Encoded]:
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            with readable(where, kind):  # opened anew each time, so that what was read leaves the memory
+                dataset = concatenate_datasets([*opened().values()]).with_format("arrow")
+                images = dataset[rows[start : start + ROWS_AT_ONCE]]["image"].to_pylist()
+            yield from map(_encoded, images)
+
+    parts = opened()
+    for part in parts.values():
+        _check_columns(part.features.arrow_schema, where)
+    splits = np.repeat([split_number(name) for name in parts], [len(part) for part in parts.values()])
+    with readable(where, kind):
+        dataset = concatenate_datasets([*parts.values()])
+        classes, labels = _class_labels(dataset.with_format(None)["label"], dataset.features["label"])
+    return Source(classes, labels, read, splits, np.zeros_like(labels))
+
+
+def _check_columns(schema: pa.Schema, where: str) -> None:
+    """Raises UserError if the columns are not images with class labels."""
+    if not {"image", "label"} <= set(schema.names):
+        raise UserError(f"{where} has no columns 'image' and 'label' but {', '.join(schema.names)}")
+    image, label = schema.field("image").type, schema.field("label").type
+    is_struct = pa.types.is_struct(image)
+    is_image = image.get_field_index("bytes") >= 0 if is_struct else image in (pa.binary(), pa.large_binary())
+    if not is_image or pa.types.is_nested(label):
+        raise UserError(f"{where}: column 'image' or 'label' does not hold images or class labels but {image} and {label}")
+
+
+def _class_labels(values: Iterable[Any], feature: Any) -> tuple[list[str], np.ndarray]:
+    """Class names and the label (N,) of every row. Where there are no names, the values are the names.
+
+    A row without a value, or with a number that no class has, as -1 in test splits whose labels are kept back, has no label.
+    """
+    if not isinstance(feature, ClassLabel):
+        values = [None if value is None or value != value else str(value) for value in values]  # NaN is not itself
+        feature = ClassLabel(names=ordered(value for value in values if value is not None))
+    known = {name: number for number, name in enumerate(feature.names)}
+    numbers = {number: number for number in range(len(feature.names))}
+    labels = [known.get(value, NO_LABEL) if isinstance(value, str) else numbers.get(value, NO_LABEL) for value in values]
+    return feature.names, np.array(labels, dtype=np.int64)
+
+
+def _encoded(image: Any) -> Encoded:
+    """What a row holds: the bytes of an image, alone or beside its path, or the path alone."""
+    if isinstance(image, dict):
+        return image["bytes"] or (Path(image["path"]) if image.get("path") else None)
+    return image
