@@ -4,7 +4,7 @@
     model = ContextGatedMOE.from_adapters(base_model, {"fire": "fire_lora", "game": "game_lora"})
 """
 
-from ContextGatedMOE.experts import Expert, MixtureError, read_expert
-from ContextGatedMOE.model import ContextGatedMOE
+from ContextGatedMOE.adapters import Expert, MixtureError, read_expert
+from ContextGatedMOE.model import ContextGatedMOE, Prediction
 
-__all__ = ["ContextGatedMOE", "Expert", "MixtureError", "read_expert"]
+__all__ = ["ContextGatedMOE", "Expert", "MixtureError", "Prediction", "read_expert"]

@@ -52,11 +52,12 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path) -> Expert
     config.init_lora_weights, config.velora_config = True, None
     try:
         stored = load_peft_weights(str(adapter), device="cpu")
-        _check_head_width(name, stored, base_model)
+        base = skeleton(base_model)
+        _fit_heads(base, stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
             model = PeftModel.from_pretrained(
-                skeleton(base_model), adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True
+                base, adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True
             )
         expert = _collect(name, model.get_base_model())
         adapted = sum(".lora_A." in key for key in stored)
@@ -72,7 +73,7 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path) -> Expert
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the model without data, with plain linear layers where a mixture has put its own.
+    """A copy of the model without data and hooks, with plain linear layers where a mixture has put its own.
 
     Every tensor is one zero seen in the tensor's shape. Meta tensors would not do: peft moves an adapter to the device of
     the layer it belongs to.
@@ -82,6 +83,8 @@ def skeleton(model: nn.Module) -> nn.Module:
         empty = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            memo[id(hooks)] = type(hooks)()
         if hasattr(module, "mixture_base"):
             memo[id(module)] = copy.deepcopy(module.mixture_base(), memo)
     return copy.deepcopy(model, memo)
@@ -119,15 +122,15 @@ def _refuse_inexact(name: str, config: LoraConfig) -> None:
             raise MixtureError(f"expert '{name}' uses {option}, which a mixture of linear layers cannot reproduce")
 
 
-def _check_head_width(name: str, stored: dict[str, Tensor], base_model: nn.Module) -> None:
-    """Refuse a head with more or fewer outputs than the base's; peft would speak of tensors. stored: the adapter's tensors."""
-    layers = plain_layers(base_model)
+def _fit_heads(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Give the linear layers of `model`, which holds no data, the number of outputs that an adapter's own heads have."""
+    layers = dict(model.named_modules())
     for key, tensor in stored.items():
         layer, _, part = key.removeprefix("base_model.model.").rpartition(".")
         base = layers.get(layer)
-        if part == "weight" and isinstance(base, nn.Linear) and len(tensor) != base.out_features:
-            raise MixtureError(f"expert '{name}' has a head of {len(tensor)} outputs at '{layer}', where the base model has "
-                               f"{base.out_features}; heads of different width cannot be mixed")
+        if part == "weight" and isinstance(base, nn.Linear) and tensor.ndim == 2 and len(tensor) != base.out_features:
+            head = nn.Linear(base.in_features, len(tensor), base.bias is not None, dtype=base.weight.dtype)
+            model.set_submodule(layer, head)
 
 
 def _collect(name: str, model: nn.Module) -> Expert:

@@ -1,0 +1,132 @@
+"""Fitting the gates to images: in closed form from sums over them, then a handful of numbers from validation images."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.statistics import Statistics
+
+Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
+
+
+def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """The batches of an expert as arguments of the model, on its device, and labels (B,), on the CPU.
+
+    Labels are positions in the expert's classes. A pair whose first part is a tensor means the model's main input, such as
+    `pixel_values`.
+    """
+    main = getattr(model.base_model, "main_input_name", None) or model.router.inputs[0]
+    if isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor):
+        images = [images]
+    for batch in images:
+        if isinstance(batch, Mapping):
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            labels = batch.get("labels")
+        else:
+            inputs, labels = batch
+            inputs = inputs if isinstance(inputs, Mapping) else {main: inputs}
+        device = model.device
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        size = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+        yield inputs, torch.zeros(size, dtype=torch.long) if labels is None else labels.detach().cpu().long()
+
+
+@torch.no_grad()
+def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[str, Statistics]:
+    """Statistics of an expert's images at every gate, {layer name: statistics}, from one pass through the plain base model.
+
+    Raises MixtureError if there are no images of some class, or labels that are none of the classes.
+    """
+    found: dict[str, Statistics] = {}
+    for inputs, labels in batches(images, model):
+        if classes == 1:
+            labels = torch.zeros_like(labels)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(labels.max())}")
+        features: dict[str, Tensor] = {}
+        with model.router.using(plain=True, features=features):
+            model.base_model(**inputs)
+        for layer, values in features.items():
+            new = Statistics.of(values, labels, classes)
+            found[layer] = found[layer] + new if layer in found else new
+    empty = [] if found else list(range(classes))
+    for statistics in found.values():
+        empty = torch.nonzero(statistics.counts == 0).flatten().tolist()
+    if empty:
+        raise MixtureError(f"expert '{name}' has no images of {len(empty)} of its {classes} classes; the gates need some of each")
+    return found
+
+
+def calibrate(model: nn.Module, images: Mapping[str, Batches], rounds: int = 2) -> float:
+    """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
+
+    A handful of numbers: one coefficient a gate, the head's temperature and share. Experts weigh alike, whatever the number of
+    their images. Another round sees the images again, through the weights that the last one has found. Returns the loss.
+    """
+    loss = float("nan")
+    for _ in range(rounds):
+        scores, own, labels, weights = _seen(model, images)
+        loss = _fit(model, scores, own, labels, weights)
+    return loss
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, images: Mapping[str, Batches]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of the gates (N, gates, C), the experts' own log-probabilities (N, C), joint labels (N,), and weights (N,)."""
+    all_scores, all_own, all_labels, all_weights = [], [], [], []
+    head = model.joint_head
+    for name, own_images in images.items():
+        first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
+        for inputs, labels in batches(own_images, model):
+            scores: dict[str, Tensor] = {}
+            with model.router.using(scores=scores):
+                model.base_model(**inputs)
+            all_own.append(scores.pop(head.name))
+            all_scores.append(torch.stack(list(scores.values()), dim=1))
+            all_labels.append(labels + start)
+        count = sum(len(labels) for labels in all_labels[first:])
+        all_weights += [torch.full((len(labels),), 1 / (count * len(images))) for labels in all_labels[first:]]
+    device = all_own[0].device
+    return torch.cat(all_scores), torch.cat(all_own), torch.cat(all_labels).to(device), torch.cat(all_weights).to(device)
+
+
+@torch.enable_grad()
+def _fit(model: nn.Module, scores: Tensor, own: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """Choose coefficients, temperature and share by LBFGS; all stay at or above zero."""
+    head, gates = model.joint_head, model.gates()
+    start = torch.stack([*(gate.coefficient.detach() for gate in gates.values()), head.temperature.detach(), head.share.detach()])
+    free = start.clamp_min(1e-3).expm1().log().clone().requires_grad_()  # the inverse of softplus
+    optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        values = torch.nn.functional.softplus(free)
+        total = 0.0
+        evidence = torch.zeros_like(own)
+        for number in range(len(gates)):  # every gate has to route well with what is known before it
+            evidence = evidence + values[number] * scores[:, number]
+            router = head.classes.experts(evidence)
+            owner = head.classes.owner[labels]
+            total = total - ROUTING * (weights * router.gather(1, owner[:, None])[:, 0]).sum() / len(gates)
+        router = (values[-2] * router).log_softmax(-1)
+        joint = own + router[:, head.classes.owner] + values[-1] * head.classes.classes(evidence)
+        total = total - (weights * joint.log_softmax(-1).gather(1, labels[:, None])[:, 0]).sum()
+        total = total + TOWARDS_START * (values - start).square().sum()
+        total.backward()
+        return total
+
+    value = optimizer.step(loss)
+    with torch.no_grad():
+        values = torch.nn.functional.softplus(free)
+        for gate, coefficient in zip(gates.values(), values, strict=False):
+            gate.coefficient.copy_(coefficient)
+        head.temperature.copy_(values[-2])
+        head.share.copy_(values[-1])
+    return float(value)
+
+
+ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
+TOWARDS_START = 1e-3  # a weak pull to where the numbers were, for few validation images
