@@ -125,7 +125,7 @@ def _fit(model: nn.Module, scores: Tensor, own: Tensor, labels: Tensor, weights:
             gate.coefficient.copy_(coefficient)
         head.temperature.copy_(values[-2])
         head.share.copy_(values[-1])
-    return float(value)
+    return value.item()
 
 
 ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer

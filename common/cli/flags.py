@@ -54,7 +54,7 @@ class RunFlags:
     # The smallest value that makes sense, by flag, for all groups below.
     lowest: ClassVar[dict[str, float]] = {
         "seed": 0, "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0,
-        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "routing_weight": 0,
+        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "refuse": 0,
         "seeds": 1, "checkpoint_every_steps": 0,
     }
 
@@ -108,12 +108,10 @@ class GateFlags:
     """The gates of the mixture."""
 
     _argument_group_name: ClassVar[str] = "gates"
-    gate_hidden: int = option(4, "width of each gate's hidden layer")
-    routing_weight: float = option(
-        10.0, "weight of the loss that asks the gates, in training only, for the expert of the image's task"
-    )
+    gate_hidden: int = option(128, "units of each gate's first layer")
+    refuse: float = option(0.0, "answer 'none' to images less familiar than this share of the validation images")
     add_expert: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture and train only the gates again"})
+        "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone"})
 
 
 SOURCE_HELP = ("a folder with one subfolder of images a class (these also inside train, validation and test), a .zip of it, "
@@ -237,6 +235,8 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refuse >= 1:
+            raise UserError(f"--refuse takes a share of the validation images, from 0 to below 1, not {self.refuse}")
         if self.compare and self.add_expert:
             raise UserError("--compare is of the mixture of the tasks' own experts; leave --add_expert out")
         for entry in self.add_expert:

@@ -1,12 +1,15 @@
-"""The mixture of every task's LoRA expert: build it, add experts, train its gates, open it, and predict."""
+"""The mixture of every task's LoRA expert: build it, fit its gates, add experts, open it, and predict."""
 
+import dataclasses
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import BeitForImageClassification
+from transformers import PreTrainedModel
 
 from common import models
 from common.cli.flags import MixtureConfig
@@ -15,81 +18,116 @@ from common.data.tensors import ImageSet, TaskData, together
 from common.errors import UserError
 from common.files import read_json
 from common.provenance import PROVENANCE_FILE, differences
+from common.results.metrics import JointPredictions
 from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
-from common.training.evaluate import device_of, evaluate
+from common.training.evaluate import EVALUATION_BATCH, device_of
 from common.training.loop import Fit, fit
-from common.training.objective import Objective
+from common.training.memory import in_batches, with_smaller_batches
+from common.training.objective import JointObjective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
-
-WARM_START_IMAGES = 256
 
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
-    """The untrained mixture of every task's LoRA expert on their common backbone."""
+    """The mixture of every task's LoRA expert on their common backbone, its gates not fitted yet."""
     base = load_base(config, tasks)
     for data in tasks:
         models.check_expert(config, data, models.backbone_fingerprint(base))
-    torch.manual_seed(config.seed)
+    experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
+    classes = {data.task.key: data.classes for data in tasks}
     try:
-        experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
-        return ContextGatedMOE.from_adapters(base, experts, config.gate_hidden)
+        return ContextGatedMOE.from_adapters(base, experts, classes, gate_hidden=config.gate_hidden).eval()
     except MixtureError as error:
         raise UserError(f"{error}; run {command('Lora_Finetune', config)} --overwrite") from error
 
 
-def grow(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
-    """The finished mixture with the experts of --add_expert added, its gates as they were for the others.
+def starts(config: MixtureConfig, tasks: list[TaskData]) -> dict[str, dict[str, str | None]]:
+    """Fingerprints of the models that a mixture is made from: the experts and, with --add_expert, the mixture it starts from."""
+    adapters = {data.task.key: models.lora_folder(config, data.task) for data in tasks} | config.added_experts()
+    found = {"experts": {name: models.fingerprint(adapter) for name, adapter in adapters.items()}}
+    return found | ({"start": {"mixture": models.fingerprint(start_folder(config))}} if config.add_expert else {})
 
-    Raises UserError if there is no such mixture, its images or gates are others than now, or an expert cannot be added.
+
+def fit_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> Fit:
+    """Fit the gates in closed form, then train them; that start is epoch 0 of the training and may be the chosen one.
+
+    With --add_expert the gates follow from the statistics that the mixture holds, and nothing is trained. The time that the
+    start takes counts.
     """
-    folder, added = start_folder(config), config.added_experts()
+    started = time.perf_counter()
+    if config.add_expert:
+        config = dataclasses.replace(config, epochs=0)
+    else:
+        fit_start(model, config, tasks)
+    seconds = time.perf_counter() - started
+    images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
+    objective = JointObjective(torch.tensor([model.columns[data.task.key][0] for data in tasks]))
+    fitted = fit(model, images, validation, config, "CGM", objective=objective, checkpoint=checkpoint, start_counts=True)
+    if config.refuse:
+        lowest = [np.quantile(predict(model, data.validation, config)[0].familiarity, config.refuse) for data in tasks]
+        model.refuse_below = float(np.mean(lowest))
+    return dataclasses.replace(fitted, seconds=fitted.seconds + seconds)
+
+
+def fit_start(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData]) -> None:
+    """Fit the gates in closed form to the training images, and their coefficients to the validation images."""
+    model.to(device_of(config))
+    with_smaller_batches(EVALUATION_BATCH, lambda size: model.fit_gates(
+        {data.task.key: Batches(data.train, size) for data in tasks},
+        {data.task.key: Batches(data.validation, size) for data in tasks}))
+
+
+class Batches:
+    """The batches of a split as the mixture takes them, as often as they are asked for."""
+
+    def __init__(self, data: ImageSet, size: int):
+        self.data, self.size = data, size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.arange(len(self.data)).split(self.size):
+            yield self.data.batch(rows), self.data.labels[rows]
+
+
+def grow(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
+    """The finished mixture with the experts of --add_expert added, each by the training images of the task of its name alone.
+
+    Raises UserError if there is no such mixture or no such task, its images or gates are others than now, or an expert cannot
+    be added.
+    """
+    folder, added, by_key = start_folder(config), config.added_experts(), {data.task.key: data for data in tasks}
+    for name in added:
+        if name not in by_key:
+            raise UserError(f"--add_expert {name}: there is no task {name}, whose images the gates need; prepare them with "
+                            f"{command('Data_Preparation', config)} --task {name}=SOURCE")
     model = load(folder, config, tasks)
     made_from = read_json(folder / PROVENANCE_FILE, f"run {command('CGM_Lora', config)} --overwrite")
-    images = {data.task.key: data.fingerprint for data in tasks if data.task.key not in added}
+    images = {key: data.fingerprint for key, data in by_key.items() if key not in added}
     now = {"data": images, "gate_hidden": config.gate_hidden}
     for difference in differences({key: made_from.get(key) for key in now}, now):
         raise UserError(f"{folder} was made with {difference}; run {command('CGM_Lora', config)} --overwrite first")
-    torch.manual_seed(config.seed)  # layers that only a new expert adapts get new gates
+    model.to(device_of(config))
     try:
         for name, adapter in added.items():
-            model.add_expert(name, adapter)
+            data = by_key[name]
+            with_smaller_batches(EVALUATION_BATCH, lambda size, name=name, adapter=adapter, data=data: model.add_expert(
+                name, adapter, classes=data.classes, images=Batches(data.train, size)))
     except MixtureError as error:
         raise UserError(f"--add_expert: {error}") from error
     return model
 
 
-def train(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> Fit:
-    """Train the gates on the training images of all tasks in random order."""
-    images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
-    own = torch.tensor([model.expert_names.index(data.task.key) for data in tasks])
-    device = device_of(config)
-    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:WARM_START_IMAGES]
-    model.to(device).warm_start(own[images.tasks[sample]], images.batch(sample).to(device))
-    with model.record_gates() as gates:
-        objective = RoutingObjective(own, config.routing_weight, gates)
-        return fit(model, images, validation, config, "CGM", objective=objective, checkpoint=checkpoint)
-
-
 def load(folder: Path, config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
-    """The trained mixture in `folder`. Raises UserError if it is missing or damaged."""
+    """The finished mixture in `folder`. Raises UserError if it is missing or damaged."""
     try:
         return ContextGatedMOE.from_pretrained(folder, load_base(config, tasks))
     except MixtureError as error:
         raise UserError(f"{error}; run {command('CGM_Lora', config)} --overwrite") from error
 
 
-def load_base(config: MixtureConfig, tasks: list[TaskData]) -> BeitForImageClassification:
-    """The backbone that all experts share. Raises UserError if the tasks have different numbers of classes."""
-    counts = {data.task.key: len(data.classes) for data in tasks}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{key} {count}" for key, count in counts.items())
-        flags = " and ".join(f"--{key}_classes" for key in counts)
-        raise UserError(f"the mixture needs as many classes in every task ({listed}): choose them with {flags} of "
-                        f"{command('Data_Preparation', config)} --overwrite, then run the other scripts with --overwrite")
-    classes = [" / ".join(names) for names in zip(*(data.classes for data in tasks), strict=True)]
-    return models.load_backbone(config.model, classes, config.seed)
+def load_base(config: MixtureConfig, tasks: list[TaskData]) -> PreTrainedModel:
+    """The backbone that all experts share. Its head is of no use: the experts bring theirs."""
+    return models.load_backbone(config.model, tasks[0].classes, config.seed)
 
 
 def start_folder(config: MixtureConfig) -> Path:
@@ -103,42 +141,23 @@ def mixture_name(experts: list[str]) -> str:
     return f"{'_'.join(experts)}_cgm_lora"
 
 
-class RoutingObjective(Objective):
-    """In training, cross-entropy plus `weight` times the mean over gates of -log(gate weight of the image's task's expert).
+@torch.no_grad()
+def predict(model: ContextGatedMOE, data: ImageSet, config: MixtureConfig) -> tuple[JointPredictions, pd.DataFrame]:
+    """What the mixture says of images, in order, and the mean weight of every expert by layer (columns Layer, experts)."""
+    device = device_of(config)
+    model.to(device).eval()
+    own, _ = distributed.share(len(data))
+    layers: list[str] = []
+    logits, gates, familiarity = [], [], []
+    for _, said in in_batches(own, EVALUATION_BATCH, lambda rows: model.predict(data.batch(rows).to(device))):
+        layers = list(said.gates)
+        logits.append(said.logits)
+        gates.append(torch.stack(list(said.gates.values()), dim=1))  # (B, layers, E)
+        familiarity.append(said.familiarity)
+    logits, gates, familiarity = (distributed.gathered(torch.cat(parts), len(data)).cpu() for parts in (logits, gates, familiarity))
+    by_layer = pd.DataFrame(gates.mean(0).numpy(), columns=model.expert_names)
+    by_layer.insert(0, "Layer", layers)
+    by_image = dict(zip(model.expert_names, gates.mean(1).T.numpy(), strict=True))
+    refused = None if model.refuse_below is None else (familiarity < model.refuse_below).numpy()
+    return JointPredictions(logits.exp().numpy(), model.labels, by_image, familiarity.numpy(), refused), by_layer
 
-    own: (tasks,) position of each task's expert. gates: those recorded of the last pass. The known task is used here, in
-    training, and nowhere else.
-    """
-
-    def __init__(self, own: Tensor, weight: float, gates: dict[str, Tensor]):
-        self.own, self.weight, self.gates = own, weight, gates
-
-    def labels(self, data: ImageSet) -> Tensor:
-        """Class and expert of every image (N, 2)."""
-        return torch.stack([data.labels, self.own.to(data.tasks.device)[data.tasks]], dim=1)
-
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each image (B,)."""
-        losses = super().losses(logits, labels[:, 0])
-        if not logits.requires_grad:
-            return losses
-        weights = torch.stack(list(self.gates.values()))  # (layers, B, E)
-        expert = labels[:, 1].expand(len(weights), -1)[..., None]  # (layers, B, 1)
-        return losses - self.weight * weights.gather(2, expert).clamp_min(1e-6).log().mean(0)[:, 0]
-
-    def correct(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Which images are right (B,)."""
-        return super().correct(scores, labels[:, 0])
-
-
-def predict(model: ContextGatedMOE, data: ImageSet, config: MixtureConfig) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    """Probabilities (N, C), mean gate weight by image (N, E), and mean gate weight by layer (columns Layer, experts)."""
-    recorded: list[Tensor] = []
-    with model.record_gates() as gates:
-        probabilities, _ = evaluate(
-            model, data, config, after_batch=lambda: recorded.append(torch.stack(list(gates.values()), dim=1))
-        )
-    weights = distributed.gathered(torch.cat(recorded), len(data)).transpose(0, 1).cpu()  # (layers, N, E)
-    by_layer = pd.DataFrame(weights.mean(1).numpy(), columns=model.expert_names)
-    by_layer.insert(0, "Layer", list(gates))
-    return probabilities, weights.mean(0).numpy(), by_layer

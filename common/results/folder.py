@@ -176,6 +176,14 @@ class Results:
         plotting.curves(self.folder / f"{name}_Accuracies.png", history, "accuracy", self.title(title))
 
     @distributed.on_main
+    def write_routing(self, tasks: list[TaskData], routes: Sequence[pd.DataFrame], name: str, title: str) -> None:
+        """Write the mean weight of every expert by layer (columns Layer, then experts), of each task's test images."""
+        table = pd.concat([route.assign(Task=data.task.name) for data, route in zip(tasks, routes, strict=True)])
+        table = table[["Task", *routes[0].columns]]
+        write_csv(self.folder / f"{name}.csv", table)
+        plotting.routing(self.folder / f"{name}.png", table, self.title(title))
+
+    @distributed.on_main
     def row(self, data: TaskData, table: pd.DataFrame, fitted: Fit | None = None, trainable: int = 0,
             joint: bool = False) -> dict[str, Any]:
         """One line of the summary from a table of predictions; time and speed are those of training.

@@ -31,3 +31,19 @@ def in_batches(rows: Tensor, at_once: int, compute: Callable[[Tensor], Result]) 
             continue
         yield batch, result
         rows = rows[len(batch):]
+
+
+def with_smaller_batches(size: int, compute: Callable[[int], Result]) -> Result:
+    """What `compute` makes of a batch size: `size`, or half of it, a quarter ... from where memory gives out. It begins anew each
+    time. Raises UserError if memory does not suffice for one image."""
+    while True:
+        try:
+            return compute(size)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if size == 1:
+                raise UserError("out of memory for a single image; choose a smaller --model or another --device",
+                                own=True) from error
+        clear_device_cache()  # outside of the except block, where the error would keep the activations alive
+        size //= 2
