@@ -1,5 +1,7 @@
 """Step 2: a base model per task, the pretrained backbone with a head trained on its frozen features."""
 
+import time
+
 from common.cli.flags import BaseModelConfig
 from common.cli.run import run
 
@@ -27,9 +29,12 @@ def main(config: BaseModelConfig) -> None:
             checkpoint = results.checkpoint(name)
             model = models.load_backbone(config.model, data.classes, config.seed)
             head: nn.Linear = model.classifier
-            train, validation, test = (features(model, part, config) for part in (data.train, data.validation, data.test))
+            started = time.perf_counter()
+            train, validation = (features(model, part, config) for part in (data.train, data.validation))
+            through_backbone = time.perf_counter() - started
             fitted = fit(head, train, validation, config, f"base {data.task.key}", checkpoint=checkpoint)
-            probabilities, _ = evaluate(head, test, config)
+            fitted.seconds += through_backbone
+            probabilities, _ = evaluate(head, features(model, data.test, config), config)
 
             table = predictions_table(probabilities, data.test.labels.numpy(), data.classes)
             rows.append(results.row(data, table, fitted, models.trainable_parameters(head)))

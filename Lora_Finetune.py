@@ -1,11 +1,14 @@
-"""Step 5: LoRA fine-tuning, one adapter with its head per task, starting from the base models."""
+"""Step 5: LoRA fine-tuning, one adapter with its head per task, starting from the base models.
+
+--expert NAME=ADAPTER takes a finished adapter as the expert of the task NAME; it is checked and evaluated, not trained.
+"""
 
 from common.cli.flags import LoraConfig
 from common.cli.run import run
 
 
 def main(config: LoraConfig) -> None:
-    """Train, evaluate and write one LoRA expert per task."""
+    """Train or take over, evaluate and write one LoRA expert per task."""
     from common import models  # here, so that --help is there at once
     from common.data.tensors import load_task
     from common.results.folder import Results
@@ -16,20 +19,24 @@ def main(config: LoraConfig) -> None:
     with Results(config, "Lora_Finetune", "Lora_Finetune") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
+        adapters = models.read_adapters(config.experts(), [data.task for data in tasks])
         bases = {data.task.key: models.fingerprint(models.base_folder(config, data.task)) for data in tasks}
-        if results.finished(tasks, base=bases):
+        if results.finished(tasks, base=bases, adapter={key: adapter.fingerprint for key, adapter in adapters.items()}):
             return
         rows = []
         for data in tasks:
-            folder = models.lora_folder(config, data.task)
-            model = models.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
-            fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}",
-                         checkpoint=results.checkpoint(folder.name))
+            folder, fitted = models.lora_folder(config, data.task), None
+            name, shown = f"Lora_{data.task.title}", f"LoRA, {data.task.name}"
+            if data.task.key in adapters:
+                model = models.adopt(config, data, adapters[data.task.key])
+            else:
+                model = models.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
+                fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}",
+                             checkpoint=results.checkpoint(folder.name))
+                results.write_history(fitted.history, name, shown)
             probabilities, _ = evaluate(model, data.test, config)
-
-            name, trained = f"Lora_{data.task.title}", models.trainable_parameters(model)
+            trained = models.trainable_parameters(model)
             rows.append(results.write_test(data, probabilities, name, "LoRA", fitted, trained))
-            results.write_history(fitted.history, name, f"LoRA, {data.task.name}")
             models.save(folder, model, processor, results.made_from_for(data))
         results.finish(rows)
 

@@ -1,28 +1,31 @@
 """Backbones, heads and LoRA: building, loading and saving in the Hugging Face layouts."""
 
-import copy
 import hashlib
 import json
 import re
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     BaseImageProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from common.cli.flags import RunFlags
@@ -32,12 +35,12 @@ from common.errors import UserError
 from common.files import read_json, recover, write_json, writing
 from common.provenance import PROVENANCE_FILE, differences, file_hashes, tensor_fingerprint
 from common.tasks import Task
+from common.training.blocks import HEAD, architecture_of, in_blocks, lora_targets
 from common.training.distributed import on_main
 from common.training.kernels import LoraLinear, register_attention
-from common.training.schedule import block_names
 
-HEAD = "classifier"  # what transformers calls the head of its image classifiers
-EXAMPLES = ("BEiT", "ViT", "DeiT", "DINOv2", "Swin", "SigLIP", "CLIP")
+PEFT_PREFIX = "base_model.model."
+
 
 
 def load_processor(name: str) -> BaseImageProcessor:
@@ -60,14 +63,14 @@ def load_backbone(name: str, classes: list[str], seed: int) -> PreTrainedModel:
         config.num_labels = len(classes)  # before the names: some keep it beside them
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: index for index, label in config.id2label.items()}
-        model, info = _architecture(name, config).from_pretrained(
+        model, info = architecture_of(name, config).from_pretrained(
             name, config=config, dtype=torch.float32, attn_implementation=register_attention(), ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HTTPError) as error:
         raise UserError(_cannot_load(name, error)) from error
     missing = {key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-    more_blocks = {key for key in info["unexpected_keys"] if re.match(_in_blocks(model), key)}
+    more_blocks = {key for key in info["unexpected_keys"] if re.match(in_blocks(model), key)}
     for key in sorted(key for key in missing | more_blocks if not key.startswith(f"{HEAD}.")):
         raise UserError(f"--model {name} does not fit: {key} is missing, left over or of another shape")
     with torch.random.fork_rng(devices=[]):
@@ -77,41 +80,10 @@ def load_backbone(name: str, classes: list[str], seed: int) -> PreTrainedModel:
     return model
 
 
-def _architecture(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The image classifier of a configuration; of DeiT's two, that with one head. Raises UserError if it is none that fits:
-    blocks of linear layers, without convolutions, and one linear layer as the head."""
-    choice = f"choose one made of linear layers, such as {', '.join(EXAMPLES)}"
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise UserError(f"--model {name} is a {config.model_type} model, which is no image classifier; {choice}")
-    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    architecture = found[0] if isinstance(found, tuple) else found
-    with torch.device("meta"):
-        outline = architecture(copy.deepcopy(config))
-    parts = [part for block in block_names(outline) for part in outline.get_submodule(block).modules()]
-    unfit = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
-    if not parts or not isinstance(getattr(outline, HEAD, None), nn.Linear) or any(isinstance(part, unfit) for part in parts):
-        raise UserError(f"--model {name} is a {config.model_type} model, not one of linear layers throughout; {choice}")
-    return architecture
-
-
-def _in_blocks(model: nn.Module) -> str:
-    """A pattern of the names of whatever is in the lists of a model's blocks."""
-    return "|".join(sorted({re.escape(block.rpartition(".")[0]) + r"\." for block in block_names(model)}))
-
-
 def _cannot_load(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split()).split(". ")[0][:200]
     return (f"--model {name} cannot be loaded ({reason}); check the name and the network, give a folder, "
             "or use --demo for the small backbone that comes with the code")
-
-
-def lora_targets(model: nn.Module) -> list[str]:
-    """The linear layers of all blocks: how their names end if no other layer's does so too, else their whole names."""
-    lists = _in_blocks(model)
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [name for name in linears if re.match(lists, name)]
-    endings = list(dict.fromkeys(name.rpartition(".")[2] for name in found))
-    return endings if [name for name in linears if name.rpartition(".")[2] in endings] == found else found
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftModel:
@@ -124,6 +96,106 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftMo
         adapted = get_peft_model(model, config)
     config.target_modules = targets  # peft has made a set of them, which each process would write in another order
     return adapted
+
+
+@dataclass
+class Adapter:
+    """A finished peft LoRA adapter, as it was stored. place: where, for messages."""
+
+    place: str
+    config: PeftLoraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its tensors and scaling."""
+        settings = {name: getattr(self.config, name) for name in ("r", "lora_alpha", "alpha_pattern", "use_rslora")}
+        return hashlib.sha256(f"{tensor_fingerprint(self.tensors)} {settings}".encode()).hexdigest()
+
+
+def read_adapters(sources: dict[str, str], tasks: list[Task]) -> dict[str, Adapter]:
+    """The finished adapters of `--expert`: key of the task -> adapter. Raises UserError if one cannot be an expert."""
+    keys = [task.key for task in tasks]
+    for name in sources:
+        if name not in keys:
+            raise UserError(f"--expert {name}=...: there is no task {name}; the tasks are {', '.join(keys)}")
+    return {name: read_adapter(name, source) for name, source in sources.items()}
+
+
+def read_adapter(name: str, source: str) -> Adapter:
+    """Read the adapter of `--expert NAME=SOURCE`: a folder, or OWNER/NAME[@REVISION][:SUBFOLDER] on the Hub.
+
+    Raises UserError if there is none, or one that is more than low-rank updates of weights.
+    """
+    place, on_hub = f"--expert {name}={source}", re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(.+))?", source)
+    where, hub = source, {}
+    if on_hub and not Path(source).exists():
+        where, hub = on_hub[1], {key: on_hub[i] for key, i in (("revision", 2), ("subfolder", 3)) if on_hub[i]}
+    try:
+        config = PeftConfig.from_pretrained(where, **hub)
+        tensors = load_peft_weights(where, device="cpu", **hub)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, HTTPError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: there is no peft adapter that can be read ({reason}); check the name and the network, or "
+                        "give a folder with adapter_config.json and adapter_model.safetensors") from error
+    if not isinstance(config, PeftLoraConfig):
+        raise UserError(f"{place} is a {config.peft_type} adapter; only LoRA adapters can be experts")
+    if config.use_dora or config.bias != "none" or config.lora_bias:
+        raise UserError(f"{place} has DoRA or biases; only low-rank updates of weights can be mixed: train it without")
+    return Adapter(place, config, tensors)
+
+
+def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
+    """The backbone with a finished adapter and its head as the expert of a task.
+
+    Layers have the names of the installed transformers, whatever those were that the adapter was trained with. Raises UserError
+    if it was trained on another backbone, has other layers than linear ones of this, or no head for the task's classes.
+    """
+    model = load_backbone(config.model, data.classes, config.seed)
+    _check_base(config, data, adapter, backbone_fingerprint(model))
+    renamings = [part for part in get_model_conversion_mapping(model) if isinstance(part, WeightRenaming)]
+    tensors, old_names = {}, {}
+    for key, tensor in adapter.tensors.items():
+        old = key.removeprefix(PEFT_PREFIX)
+        new = rename_source_key(old, renamings, [])[0]
+        tensors[PEFT_PREFIX + new], old_names[new.partition(".lora_")[0]] = tensor, old.partition(".lora_")[0]
+    ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PEFT_PREFIX}{HEAD}.weight")
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        layer = layers.get(name)
+        if part in ("A.weight", "B.weight"):
+            fits = isinstance(layer, nn.Linear) and tensor.shape[part == "A.weight"] == layer.weight.shape[part == "A.weight"]
+            ranks[name] = tensor.shape[part == "B.weight"]
+        else:
+            fits = name.rpartition(".")[0] == HEAD
+        if not fits:
+            raise UserError(f"{adapter.place} does not fit --model {config.model}: {key.removeprefix(PEFT_PREFIX)} is of no "
+                            "linear layer there, or of one of another size; give the --model it was trained on")
+    if head is None or len(head) != len(data.classes):
+        has = "no head of its own" if head is None else f"a head for {len(head)} classes"
+        raise UserError(f"{adapter.place} has {has}, where the task has {len(data.classes)} classes; train it with "
+                        f"modules_to_save=['{HEAD}'] on the task's classes")
+    alphas = {new: adapter.config.alpha_pattern.get(get_pattern_key(adapter.config.alpha_pattern, old_names[new]),
+                                                    adapter.config.lora_alpha) for new in ranks}
+    adopted = get_peft_model(model, PeftLoraConfig(
+        r=adapter.config.r, lora_alpha=adapter.config.lora_alpha, use_rslora=adapter.config.use_rslora, rank_pattern=ranks,
+        alpha_pattern=alphas, target_modules=list(ranks), modules_to_save=[HEAD]))
+    adopted.peft_config["default"].target_modules = list(ranks)  # a set would be written in another order every time
+    set_peft_model_state_dict(adopted, tensors)
+    return adopted
+
+
+def _check_base(config: RunFlags, data: TaskData, adapter: Adapter, backbone: str) -> None:
+    """Raise UserError if an adapter says that it was trained on another backbone: one of another name or of other weights."""
+    stated = adapter.config.base_model_name_or_path
+    if not stated or stated == config.model:
+        return
+    if Path(stated).is_dir():
+        same = backbone_fingerprint(load_backbone(stated, data.classes, config.seed)) == backbone
+    else:
+        same = Path(stated).name == Path(config.model).name
+    if not same:
+        raise UserError(f"{adapter.place} was trained on {stated}, not on {config.model}; give --model {stated}")
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -195,10 +267,11 @@ def load_base(config: RunFlags, data: TaskData) -> PreTrainedModel:
 
 
 def check_expert(config: RunFlags, data: TaskData, backbone: str) -> None:
-    """Raise UserError unless a task's LoRA expert fits the images, the backbone of this fingerprint and the base model."""
+    """Raise UserError unless a task's LoRA expert fits the images, the backbone of this fingerprint and, if it was trained
+    here, the base model."""
     folder, base = lora_folder(config, data.task), base_folder(config, data.task)
     made_from = check_model(folder, data, "Lora_Finetune", config, backbone)
-    if fingerprint(base) not in (None, made_from.get("base")):
+    if not made_from.get("adapter") and fingerprint(base) not in (None, made_from.get("base")):
         raise UserError(f"{folder} was made from another base model than {base} is now; "
                         f"run {command('Lora_Finetune', config)} --overwrite")
 

@@ -37,7 +37,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "Checkpoints"
 # Settings that say where and how to run: results made with other values of these are the same results.
 NOT_COMPARED = {
-    "root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
+    "root", "overwrite", "device", "expert", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
 }
 
 
@@ -109,7 +109,8 @@ class Results:
 
     def made_from_for(self, data: TaskData) -> dict[str, Any]:
         """What the model of one task is made from."""
-        return {key: value[data.task.key] if key in ("data", "base") else value for key, value in self.made_from.items()}
+        return {key: value.get(data.task.key) if key in ("data", "base", "adapter") else value
+                for key, value in self.made_from.items()}
 
     def checkpoint(self, name: str) -> Checkpoint:
         """The checkpoint of one of the script's trainings. Raises UserError if it is damaged or of other results."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from common.training.blocks import block_names
+
 
 def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
     """Share of the peak rate at each step: linear up over `warmup` steps, then half a cosine down towards zero."""
@@ -36,11 +38,3 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
             groups.setdefault((layer_decay**level, decayed), []).append(parameter)
     return [{"params": parameters, "lr_share": share, **({} if decayed else {"weight_decay": 0.0})}
             for (share, decayed), parameters in groups.items()]
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """The names of a model's blocks in order: the entries of the innermost lists of modules that hold linear layers."""
-    lists = [name for name, module in model.named_modules()
-             if isinstance(module, nn.ModuleList) and any(isinstance(part, nn.Linear) for part in module.modules())]
-    innermost = [name for name in lists if not any(other.startswith(f"{name}.") for other in lists)]
-    return [f"{name}.{index}" for name in innermost for index in range(len(model.get_submodule(name)))]

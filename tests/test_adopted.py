@@ -1,0 +1,146 @@
+"""Tests of `Lora_Finetune.py --expert`: adapters that were trained elsewhere become experts, or are refused in one line."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hub import folder_repo
+from peft import LoraConfig, PeftModel, get_peft_model
+from pipeline import tiny_beit
+from safetensors.torch import load_file, save_file
+from transformers import BeitForImageClassification
+
+import Lora_Finetune
+from common.cli.flags import SCRIPTS
+from common.cli.run import run
+from common.models import load_backbone
+
+pytest_plugins = ["warm_process"]
+
+CLASSES = list("abcd")
+# Kinds of adapters, by the settings of peft.
+KINDS = {
+    "few": {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]},
+    "patterns": {"r": 2, "lora_alpha": 8, "use_rslora": True, "target_modules": r".*layers\.\d+\.(mlp\.fc1|attention\.o_proj)",
+                 "rank_pattern": {"fc1": 5}, "alpha_pattern": {r"layers\.1\.mlp\.fc1": 3}},
+}
+OLD_NAMES = [("layers.", "encoder.layer."), ("attention.q_proj", "attention.attention.query"),
+             ("attention.v_proj", "attention.attention.value")]
+
+
+def make_adapter(folder, backbone, dtype=torch.float32, classes=4, **settings):
+    """Write an adapter of plain peft with random numbers."""
+    torch.manual_seed(0)
+    base = BeitForImageClassification.from_pretrained(backbone, num_labels=classes, ignore_mismatched_sizes=True)
+    model = get_peft_model(base, LoraConfig(**{"modules_to_save": ["classifier"], **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.2)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder, **changes):
+    """Change adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def with_old_names(folder):
+    """The adapter as transformers 4 and an earlier peft have saved it."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for new, old in OLD_NAMES:
+        tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+    assert "base_model.model.beit.encoder.layer.1.attention.attention.query.lora_A.weight" in tensors
+    save_file(tensors, path)
+    kept = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha",
+            "lora_dropout", "modules_to_save", "peft_type", "r", "task_type")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    old = {**{key: config[key] for key in kept}, "target_modules": ["query", "value"]}
+    (folder / "adapter_config.json").write_text(json.dumps(old))
+
+
+@pytest.fixture
+def place(workspace, tmp_path):
+    """A root with prepared images alone."""
+    return workspace.copy(tmp_path / "root", "fire_dataset", "game_dataset", "tasks.json")
+
+
+def peft_says(place, folder):
+    """Probabilities of an adapter on the first task's test images, by the libraries alone."""
+    data = place.tasks()[0].test
+    base = load_backbone(place.model, CLASSES, 0)
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, folder).eval()(data.batch(torch.arange(len(data)))).logits.softmax(1).numpy()
+
+
+def written(place):
+    """The probabilities in the CSV of the first task."""
+    return place.predictions("Lora_Finetune", "Fire_Risk").filter(like="Probability")
+
+
+def test_adapters_of_all_kinds_become_experts(place, backbone, tmp_path):
+    """Other ranks, scalings, layers, dtypes, names; each says what it says with peft, and what is saved says so too."""
+    game = make_adapter(tmp_path / "game", backbone, **KINDS["few"])
+    cases = [("few", torch.float32, False), ("patterns", torch.bfloat16, False), ("few", torch.float16, True)]
+    for number, (kind, dtype, old) in enumerate(cases):
+        folder = make_adapter(tmp_path / f"fire{number}", backbone, dtype, **KINDS[kind])
+        expected = peft_says(place, folder)
+        if old:
+            with_old_names(folder)
+        place.run("Lora_Finetune", "--expert", f"fire={folder}", f"game={game}", "--overwrite")
+        assert np.allclose(written(place), expected, atol=1e-5)
+        saved = place.results / "Lora_Finetune" / "Models" / "fire_lora_finetune"
+        assert np.allclose(peft_says(place, saved), expected, atol=1e-5)
+    assert not list((place.results / "Lora_Finetune").glob("*History*"))
+    assert len(place.summary()) == 2 and place.summary()["seconds"].isna().all()
+
+
+def test_an_adapter_of_the_hub_has_a_revision_and_a_subfolder(place, backbone, tmp_path, warm_process, hub):
+    make_adapter(tmp_path / "repo" / "inner", backbone, **KINDS["few"])
+    game = make_adapter(tmp_path / "game", backbone, **KINDS["few"])
+    hub.repos["someone/adapters"] = folder_repo(tmp_path / "repo")
+    flags = place.flags("Lora_Finetune", "--expert", "fire=someone/adapters@main:inner", f"game={game}")
+    done = warm_process.run("Lora_Finetune.py", *flags)
+    assert (done.status, done.errors) == (0, "")
+    assert np.allclose(written(place), peft_says(place, tmp_path / "repo" / "inner"), atol=1e-5)
+
+
+def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_backbone, tmp_path, monkeypatch, capsys):
+    """And nothing is written."""
+    few, made = KINDS["few"], iter(range(100))
+
+    def adapter(of=backbone, stated=None, **settings):
+        folder = make_adapter(tmp_path / f"adapter{next(made)}", of, **{**few, **settings})
+        if stated is not None:
+            edit_config(folder, base_model_name_or_path=stated)
+        return folder
+
+    tiny_beit(0, hidden_size=64).save_pretrained(tmp_path / "wide")
+    good, cut, empty = adapter(), adapter(), tmp_path / "empty"
+    (cut / "adapter_model.safetensors").write_bytes(b"x")
+    empty.mkdir()
+    cases = {  # words of the line -> the adapter of the first task
+        f"was trained on {other_backbone}, not on {backbone}; give --model": adapter(other_backbone),
+        "was trained on google/vit, not on": adapter(stated="google/vit"),
+        "is of no linear layer there, or of one of another size": adapter(tmp_path / "wide", stated=""),
+        "has no head of its own, where the task has 4 classes": adapter(modules_to_save=None),
+        "has a head for 3 classes, where the task has 4": adapter(classes=3),
+        "has DoRA or biases": adapter(use_dora=True),
+        "no peft adapter that can be read": cut, "check the name and the network, or give a folder": empty,
+    }
+    for words, entries in [*((words, [f"fire={folder}"]) for words, folder in cases.items()),
+                           ("there is no task fires; the tasks are fire, game", [f"fires={good}"]),
+                           ("twice for one task", [f"fire={good}"] * 2), ("takes NAME=ADAPTER", [str(good)])]:
+        flags = place.flags("Lora_Finetune", "--expert", *entries, f"game={good}")
+        monkeypatch.setattr(sys, "argv", ["Lora_Finetune.py", *flags])
+        with pytest.raises(SystemExit) as end:
+            run(Lora_Finetune.main, SCRIPTS["Lora_Finetune"])
+        errors = capsys.readouterr().err
+        assert (end.value.code, errors.count("\n")) == (2, 1) and words in errors
+    assert not (place.results / "summary.csv").exists()
