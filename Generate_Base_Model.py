@@ -8,9 +8,7 @@ from common.cli.run import run
 
 def main(config: BaseModelConfig) -> None:
     """Train the heads and write the base models, where LoRA and the mixture start."""
-    from torch import nn  # here, so that --help is there at once
-
-    from common import models
+    from common import models  # here, so that --help is there at once
     from common.data.tensors import load_task
     from common.results.folder import Results
     from common.results.metrics import predictions_table
@@ -28,8 +26,7 @@ def main(config: BaseModelConfig) -> None:
             name = f"{data.task.key}_base"
             checkpoint = results.checkpoint(name)
             model = models.load_backbone(config.model, data.classes, config.seed)
-            head: nn.Linear = model.classifier
-            started = time.perf_counter()
+            head, started = model.classifier, time.perf_counter()
             train, validation = (features(model, part, config) for part in (data.train, data.validation))
             through_backbone = time.perf_counter() - started
             fitted = fit(head, train, validation, config, f"base {data.task.key}", checkpoint=checkpoint)
