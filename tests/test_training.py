@@ -305,7 +305,7 @@ def test_macro_f1_of_perfect_predictions_is_one():
 
 
 def test_a_confusion_matrix_has_actual_classes_in_rows_and_predicted_ones_in_columns():
-    counts = confusion(table_of([0, 0, 1, 2], [0, 1, 1, 1]), ["cat", "dog", "owl"])
+    counts, _ = confusion(table_of([0, 0, 1, 2], [0, 1, 1, 1]), ["cat", "dog", "owl"])
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
 
 
