@@ -15,7 +15,7 @@ from common.cli.parser import parse
 from common.errors import UserError
 from common.files import write_csv
 from common.training.evaluate import device_of
-from tests.bench import growth, heads, lora, mixture, parts, preparation, scripts
+from tests.bench import growth, heads, lora, mixture, parts, preparation, routing, scripts
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
@@ -25,7 +25,8 @@ BENCHMARKS = {
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch,
 }
-WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation}  # each a table of one run, with no ratios
+# Each a table of one run, with no ratios.
+WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "routing": routing.routing}
 
 
 def machine(device: torch.device) -> str:
@@ -48,9 +49,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"benchmarks:\n{listed}",
     )
     made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *WHOLE], help="which to run; all by default")
-    made.add_argument("--output", type=Path, default=Path("bench_results"), help="folder of tables and pictures (default: %(default)s)")
+    made.add_argument("--output", type=Path, default=Path("bench_results"),
+                      help="folder of tables, pictures and the routing suite's experts (default: %(default)s)")
     made.add_argument("--root", type=Path, help="folder for the demo's images, kept for the next run (default: a temporary one)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
+    made.add_argument("--seeds", type=int, nargs="+", default=[3407], help="seeds of the routing suite (default: 3407)")
     made.add_argument("--device", default="auto", help="auto takes a GPU if there is one; or cpu, cuda (default: %(default)s)")
     made.add_argument("--cpu_time", action="store_true", help="CPU seconds of one thread, for a machine that is busy with other things")
     made.add_argument("--large", action="store_true", help="BEiT-large's size wherever it says BEiT-base's, for a GPU")
@@ -68,14 +71,15 @@ def main(arguments: list[str] | None = None) -> None:
     print(name_of_machine)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
-                            options.large, time.process_time if options.cpu_time else time.perf_counter)
+                            options.large, time.process_time if options.cpu_time else time.perf_counter, options.output,
+                            options.seeds)
         for name in options.names or [*BENCHMARKS, *WHOLE]:
             print(f"\n== {name} ==", flush=True)
             torch.manual_seed(0)
             if name in WHOLE:
                 table = WHOLE[name](settings)
                 write_csv(options.output / f"{name}.csv", table)
-                print(table.round(1).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
+                print(table.round(3).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
                 if name == "demo":
                     save(options.output / "demo.png", scripts.picture(table, name_of_machine))
                 continue

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +29,8 @@ LIMIT = "limit"  # in a ratio: the time of a case's least work at the machine's 
 @dataclass
 class Settings:
     """How to measure. large: models of BEiT-large's size, not BEiT-base's. quick: tiny ones and one round, to see
-    that everything runs. root: a folder for data. clock: seconds so far."""
+    that everything runs. root: a folder for data; output: that of the results. clock: seconds so far. seeds: of what is
+    measured more than once for its accuracy."""
 
     device: torch.device
     repeats: int
@@ -37,6 +38,8 @@ class Settings:
     root: Path
     large: bool = False
     clock: Callable[[], float] = time.perf_counter
+    output: Path = Path("bench_results")
+    seeds: list[int] = field(default_factory=lambda: [3407])
 
     @property
     def training_precision(self) -> str:

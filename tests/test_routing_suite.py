@@ -1,0 +1,84 @@
+"""Tests of the routing suite: its tasks are what it says, the same for a seed, and its experts are kept while they fit."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+
+from common import models
+from common.cli.flags import DEMO_BACKBONE
+from tests.bench.__main__ import main
+from tests.bench.measure import Settings
+from tests.bench.routing import FACTS, member
+from tests.bench.routing_tasks import RECIPES, make
+
+
+@pytest.fixture(scope="module")
+def suite():
+    """Two images of each class of every task."""
+    return {name: make(name, 1, 2) for name in RECIPES}
+
+
+def test_tasks_differ_in_classes_and_sizes():
+    classes = [len(recipe.classes) for recipe in RECIPES.values()]
+    sizes = [len(recipe.classes) * recipe.per_class for recipe in RECIPES.values()]
+    assert len(RECIPES) >= 8 and len(set(classes)) >= 5 and (min(classes), max(classes)) == (2, 10)
+    assert (min(sizes), max(sizes)) == (150, 1000) and len(set(sizes)) >= 6
+
+
+def test_images_are_different_pictures_of_every_class(suite):
+    for name, task in suite.items():
+        classes = RECIPES[name].classes
+        assert task.classes == list(classes) and task.labels.tolist() == np.repeat(np.arange(len(classes)), 2).tolist()
+        assert task.images.shape == (2 * len(classes), 3, 64, 64) and task.images.dtype == np.uint8
+        assert len(np.unique(task.images.reshape(len(task.images), -1), axis=0)) == len(task.images), name
+        assert (task.images.std(axis=(1, 2, 3)) > 2).all(), f"{name} has a picture of nothing"
+
+
+def test_a_seed_gives_the_same_images_and_another_one_others(suite):
+    for name, task in suite.items():
+        assert np.array_equal(make(name, 1, 2).images, task.images), name
+        assert not np.array_equal(make(name, 2, 2).images, task.images), name
+
+
+def test_tasks_that_share_labels_or_look_alike_are_no_copies(suite):
+    assert suite["scans"].classes == suite["printed"].classes
+    assert {letter.lower() for letter in suite["capitals"].classes} < set(suite["small_letters"].classes)
+    pixels = {image.tobytes() for task in suite.values() for image in task.images}
+    assert len(pixels) == sum(len(task.images) for task in suite.values())
+
+
+def test_an_expert_is_kept_while_it_fits_its_images(tmp_path, monkeypatch):
+    settings = Settings(torch.device("cpu"), 1, True, tmp_path)
+    first = member("counts", settings, 1, tmp_path)
+    adapter = {path.name: path.stat().st_mtime_ns for path in first.adapter.iterdir()}
+    again = member("counts", settings, 1, tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in again.adapter.iterdir()} == adapter
+    assert (again.accuracy, again.base_accuracy, again.seconds) == (first.accuracy, first.base_accuracy, first.seconds)
+
+    other = make("counts", 2, 5)
+    monkeypatch.setattr("tests.bench.routing.make", lambda *_: other)
+    member("counts", settings, 1, tmp_path)
+    assert (first.adapter / FACTS).stat().st_mtime_ns != adapter[FACTS]
+
+
+def test_a_kept_expert_is_a_peft_adapter_that_has_its_accuracy(tmp_path):
+    made = member("counts", Settings(torch.device("cpu"), 1, True, tmp_path), 1, tmp_path)
+    base = models.load_backbone(str(DEMO_BACKBONE), made.classes, 0)
+    model = PeftModel.from_pretrained(base, made.adapter).eval()
+    with torch.no_grad():
+        answers = model(made.test.batch(torch.arange(len(made.test)))).logits.argmax(1)
+    assert (answers == made.test.labels).float().mean().item() == pytest.approx(made.accuracy)
+    assert json.loads((made.adapter / FACTS).read_text(encoding="utf-8"))["accuracy"] == made.accuracy
+
+
+def test_the_benchmark_writes_a_row_for_each_task_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.bench.routing.RECIPES", {name: RECIPES[name] for name in ("counts", "weaves")})
+    main(["--quick", "--device", "cpu", "--output", str(tmp_path), "--seeds", "1", "2", "--", "routing"])
+    table = pd.read_csv(tmp_path / "routing.csv")
+    assert list(zip(table["seed"], table["task"], strict=True)) == [(s, n) for s in (1, 2) for n in ("counts", "weaves")]
+    assert table["expert"].between(0, 1).all() and (table["images"] == 5 * table["classes"]).all()
+    assert (tmp_path / "routing_experts" / "2" / "weaves" / "adapter_model.safetensors").exists()
