@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline import tiny_beit
 
 from ContextGatedMOE import Expert
-from tests.bench.__main__ import BENCHMARKS, main
+from tests.bench.__main__ import BENCHMARKS, WHOLE, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
 from tests.bench.phases import PHASES, phase_of, profile
 from tests.bench.setups import experts, mixture, twin
@@ -59,7 +59,7 @@ def test_help_lists_every_benchmark(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in [*BENCHMARKS, "demo", "preparation"])
+    assert all(f"\n  {name} " in text for name in [*BENCHMARKS, *WHOLE])
 
 
 def test_cases_take_turns(settings):
