@@ -4,10 +4,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.gate import START
+from ContextGatedMOE.heads import HEAD_NUMBERS
 from ContextGatedMOE.statistics import Statistics
+
+ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
+TOWARDS_START = 0.03  # a pull to where the numbers begin, for few validation images
+HEAD_START = (1.0, 1.0, 0.5)
 
 Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
 
@@ -63,20 +70,19 @@ def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[s
 def calibrate(model: nn.Module, images: Mapping[str, Batches], rounds: int = 2) -> float:
     """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
 
-    A handful of numbers: one coefficient a gate, the head's temperature and share. Experts weigh alike, whatever the number of
+    A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of
     their images. Another round sees the images again, through the weights that the last one has found. Returns the loss.
     """
     loss = float("nan")
     for _ in range(rounds):
-        scores, own, labels, weights = _seen(model, images)
-        loss = _fit(model, scores, own, labels, weights)
+        loss = _fit(model, *_seen(model, images))
     return loss
 
 
 @torch.no_grad()
 def _seen(model: nn.Module, images: Mapping[str, Batches]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of the gates (N, gates, C), the experts' own log-probabilities (N, C), joint labels (N,), and weights (N,)."""
-    all_scores, all_own, all_labels, all_weights = [], [], [], []
+    """Scores of the gates (N, gates, C), the experts' own logits (N, C), joint labels (N,), and weights (N,)."""
+    all_scores, all_logits, all_labels, all_weights = [], [], [], []
     head = model.joint_head
     for name, own_images in images.items():
         first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
@@ -84,49 +90,42 @@ def _seen(model: nn.Module, images: Mapping[str, Batches]) -> tuple[Tensor, Tens
             scores: dict[str, Tensor] = {}
             with model.router.using(scores=scores):
                 model.base_model(**inputs)
-            all_own.append(scores.pop(head.name))
+            all_logits.append(scores.pop(head.name))
             all_scores.append(torch.stack(list(scores.values()), dim=1))
             all_labels.append(labels + start)
         count = sum(len(labels) for labels in all_labels[first:])
         all_weights += [torch.full((len(labels),), 1 / (count * len(images))) for labels in all_labels[first:]]
-    device = all_own[0].device
-    return torch.cat(all_scores), torch.cat(all_own), torch.cat(all_labels).to(device), torch.cat(all_weights).to(device)
+    device = all_logits[0].device
+    return torch.cat(all_scores), torch.cat(all_logits), torch.cat(all_labels).to(device), torch.cat(all_weights).to(device)
 
 
 @torch.enable_grad()
-def _fit(model: nn.Module, scores: Tensor, own: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """Choose coefficients, temperature and share by LBFGS; all stay at or above zero."""
+def _fit(model: nn.Module, scores: Tensor, logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """Choose the gates' coefficients and the head's numbers by LBFGS; all stay at or above zero."""
     head, gates = model.joint_head, model.gates()
-    start = torch.stack([*(gate.coefficient.detach() for gate in gates.values()), head.temperature.detach(), head.share.detach()])
-    free = start.clamp_min(1e-3).expm1().log().clone().requires_grad_()  # the inverse of softplus
+    numbers = [*(gate.coefficient for gate in gates.values()), *(getattr(head, name) for name in HEAD_NUMBERS)]
+    start = torch.tensor([*[START] * len(gates), *HEAD_START], device=logits.device)
+    free = start.expm1().log().requires_grad_()  # the inverse of softplus
     optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
+    owner = head.classes.owner[labels]
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        values = torch.nn.functional.softplus(free)
-        total = 0.0
-        evidence = torch.zeros_like(own)
+        values = F.softplus(free)
+        router_scale, expert_scale, class_share = values[len(gates) :]
+        evidence, total = torch.zeros_like(logits), TOWARDS_START * (values - start).square().sum()
         for number in range(len(gates)):  # every gate has to route well with what is known before it
             evidence = evidence + values[number] * scores[:, number]
             router = head.classes.experts(evidence)
-            owner = head.classes.owner[labels]
-            total = total - ROUTING * (weights * router.gather(1, owner[:, None])[:, 0]).sum() / len(gates)
-        router = (values[-2] * router).log_softmax(-1)
-        joint = own + router[:, head.classes.owner] + values[-1] * head.classes.classes(evidence)
+            total = total - ROUTING / len(gates) * (weights * router.gather(1, owner[:, None])[:, 0]).sum()
+        router = (router_scale * router).log_softmax(-1)
+        joint = head.own(logits, expert_scale) + router[:, head.classes.owner] + class_share * head.classes.classes(evidence)
         total = total - (weights * joint.log_softmax(-1).gather(1, labels[:, None])[:, 0]).sum()
-        total = total + TOWARDS_START * (values - start).square().sum()
         total.backward()
         return total
 
     value = optimizer.step(loss)
     with torch.no_grad():
-        values = torch.nn.functional.softplus(free)
-        for gate, coefficient in zip(gates.values(), values, strict=False):
-            gate.coefficient.copy_(coefficient)
-        head.temperature.copy_(values[-2])
-        head.share.copy_(values[-1])
+        for number, fitted in zip(numbers, F.softplus(free), strict=True):
+            number.copy_(fitted)
     return value.item()
-
-
-ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
-TOWARDS_START = 1e-3  # a weak pull to where the numbers were, for few validation images

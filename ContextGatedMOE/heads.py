@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ContextGatedMOE.gate import ClassMap
 from ContextGatedMOE.routing import Evidence, Router, current_pass
 
+HEAD_NUMBERS = ("router_scale", "expert_scale", "class_share")
 TINY = torch.finfo(torch.float32).tiny  # in place of 0 in logarithms: a weight of 0 still gives a finite loss
 
 
@@ -17,10 +18,10 @@ class JointHead(nn.Module):
 
     For expert e and its class c, normalised over all:
 
-        log p(e, c | x) = tau * log g_e + log softmax(W_e h + b_e)_c + w * log (what the gates say of class c)
+        log p(e, c | x) = r * log g_e + log softmax(s * (W_e h + b_e))_c + w * log (what the gates say of class c)
 
-    `temperature` tau and `share` w are fitted (`ContextGatedMOE.fitting.calibrate`); where the weights are fixed, tau is 1 and w is
-    0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one after the other. columns: for each of these
+    The three numbers `router_scale` r, `expert_scale` s and `class_share` w are fitted (`ContextGatedMOE.fitting.calibrate`); where
+    the experts' weights are fixed, r and s are 1 and w is 0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one after the other. columns: for each of these
     classes, the output that it adds to; classes declared to be the same share one. `base` is the head the base model had.
     """
 
@@ -30,8 +31,9 @@ class JointHead(nn.Module):
         self.expert_weight = nn.Parameter(weight, requires_grad=False)
         self.expert_bias = nn.Parameter(bias, requires_grad=False)
         self.classes = ClassMap(sizes)
-        self.temperature = nn.Parameter(torch.tensor(1.0))
-        self.share = nn.Parameter(torch.tensor(0.5))
+        self.router_scale = nn.Parameter(torch.tensor(1.0))
+        self.expert_scale = nn.Parameter(torch.tensor(1.0))
+        self.class_share = nn.Parameter(torch.tensor(0.5))
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
         self.outputs = max(columns, default=-1) + 1
         self.name, self.router = name, router
@@ -53,25 +55,29 @@ class JointHead(nn.Module):
         evidence = current.latest(x.shape[0], self.name)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.expert_weight.to(x.dtype), self.expert_bias.to(x.dtype)).float()
-            own = torch.cat([part.log_softmax(-1) for part in logits.split(self.classes.sizes, dim=-1)], dim=-1)
-            router, known = self._router(evidence)
             if current.settings.scores is not None:
-                current.settings.scores[self.name] = own
+                current.settings.scores[self.name] = logits
+            router, known = self._router(evidence)
+            own = self.own(logits, 1.0 if evidence.classes is None else self.expert_scale)
             if x.ndim == 3:
                 router, known = router[:, None], known[:, None]
             joint = (own + router[..., self.classes.owner] + known).log_softmax(-1)
             return self._merged(joint)
+
+    def own(self, logits: Tensor, scale: Tensor | float) -> Tensor:
+        """Log-probabilities (..., sum of C_e) that each expert gives its own classes."""
+        return torch.cat([part.log_softmax(-1) for part in (scale * logits).split(self.classes.sizes, dim=-1)], dim=-1)
 
     def _router(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Log-weights of the experts (B, E) and what the gates add for each class (B, C)."""
         weights, classes = evidence.weights, evidence.classes
         if classes is None:
             return weights.clamp_min(TINY).log(), weights.new_zeros(len(weights), len(self.columns))
-        router = (self.temperature * self.classes.experts(classes)).log_softmax(-1)
+        router = (self.router_scale * self.classes.experts(classes)).log_softmax(-1)
         if self.router.top_k is not None and self.router.top_k < len(self.classes.sizes):
             kept = torch.where(weights > 0, router, math.log(TINY))
             router = router + (kept - router).detach() if self.training else kept
-        return router, self.share * self.classes.classes(classes)
+        return router, self.class_share * self.classes.classes(classes)
 
     def _merged(self, joint: Tensor) -> Tensor:
         """Add up the probabilities of classes that are the same."""

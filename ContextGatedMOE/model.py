@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ContextGatedMOE import building, fitting
 from ContextGatedMOE.adapters import Expert, MixtureError, check_fit, check_heads, read_expert
 from ContextGatedMOE.gate import Gate
-from ContextGatedMOE.heads import JointHead
+from ContextGatedMOE.heads import HEAD_NUMBERS, JointHead
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving, cut_experts
@@ -172,7 +172,7 @@ class ContextGatedMOE(Saving, nn.Module):
         return building.gates(self.base_model)
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters: those of the gates and, where there is one, the head's two numbers."""
+        """The trainable parameters: those of the gates and, where there is one, the head's three numbers."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     # ---- passes ----
@@ -315,16 +315,16 @@ class ContextGatedMOE(Saving, nn.Module):
         _set_config(self.base_model, self.plain_config, called)
 
     def _numbers(self) -> dict[str, float]:
-        """What was fitted to validation images: coefficients of gates by name, and the head's two numbers."""
+        """What was fitted to validation images: coefficients of gates by name, and the head's three numbers."""
         head = self.joint_head
         numbers = {f"gate {name}": gate.coefficient.item() for name, gate in self.gates().items()}
-        return numbers | ({} if head is None else {"temperature": head.temperature.item(), "share": head.share.item()})
+        return numbers | ({} if head is None else {name: getattr(head, name).item() for name in HEAD_NUMBERS})
 
     @torch.no_grad()
     def _set_numbers(self, numbers: Mapping[str, float]) -> None:
         head = self.joint_head
         places = {f"gate {name}": gate.coefficient for name, gate in self.gates().items()}
-        places |= {} if head is None else {"temperature": head.temperature, "share": head.share}
+        places |= {} if head is None else {name: getattr(head, name) for name in HEAD_NUMBERS}
         for name in places.keys() & numbers.keys():
             places[name].fill_(numbers[name])
 

@@ -90,7 +90,8 @@ class Saving:
         MixtureError if the folder is missing, damaged, of another format, or the base is not the one it was made for.
         """
         folder = Path(folder)
-        config, tensors, sums = read_folder(folder)
+        config = read_config(folder)
+        tensors, sums = read_tensors(folder, config)
         base_model = _load_base(folder, config) if base_model is None else base_model
         if fingerprint(base_model, config["heads"]) != config["base_fingerprint"]:
             raise MixtureError(
@@ -145,8 +146,8 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Configuration, tensors and statistics of a saved mixture. Raises MixtureError unless they are there, whole and of this format."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved mixture. Raises MixtureError unless there is one, of this format, with all it needs."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise MixtureError(f"there is no saved mixture in {folder}: {name} is missing")
@@ -159,6 +160,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     for name, kind in FIELDS.items():
         if name not in config or not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise MixtureError(f"{folder / CONFIG_FILE} has no sensible {name!r}")
+    return config
+
+
+def read_tensors(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and statistics of a saved mixture. Raises MixtureError unless they are whole."""
     contents = []
     for name, digest in ((WEIGHTS_FILE, config["weights_sha256"]), (STATISTICS_FILE, config["statistics_sha256"])):
         try:
@@ -167,7 +173,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
             contents.append({} if digest is None else load_file(folder / name))
         except (OSError, SafetensorError) as error:
             raise MixtureError(f"{folder / name} cannot be read: {error}") from error
-    return config, *contents
+    return contents[0], contents[1]
 
 
 def _load_base(folder: Path, config: dict[str, Any]) -> nn.Module:

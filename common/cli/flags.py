@@ -271,6 +271,19 @@ class RunAllConfig(SourceFlags, RunFlags):
     """Settings of `python -m common.run_all`: the flags it hands on."""
 
 
+@dataclass
+class PredictConfig(HardwareFlags, RunFlags):
+    """Settings of `python -m common.predict`."""
+
+    _argument_group_name: ClassVar[str] = "prediction"
+    images: list[str] = field(default_factory=list, metadata={
+        "help": "images, of any kind that Pillow opens, or folders of images", "positional": True})
+    model: str | None = option(None, "the backbone, a name on the Hub or a folder; by default the one the mixture was made on")
+    mixture: str | None = option(None, "folder of a saved mixture; by default the finished one below --root")
+    output: str | None = option(None, "CSV file to write the answers to")
+    demo_defaults: ClassVar[dict[str, Any]] = {"model": None}
+
+
 SCRIPTS: dict[str, type] = {
     "Data_Preparation": PreparationConfig,
     "Generate_Base_Model": BaseModelConfig,

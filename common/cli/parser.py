@@ -34,6 +34,9 @@ def parse(config_class: type[Config], argv: list[str] | None = None, description
     for title, fields in _groups(config_class).items():
         group = parser.add_argument_group(title)
         for field in fields:
+            if field.metadata.get("positional"):
+                parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"])
+                continue
             names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
             group.add_argument(*names, dest=field.name, help=_help(field, demo_defaults), **_how_to_read(field.type))
     given = vars(parser.parse_args(argv))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import models
-from common.cli.flags import MixtureConfig
+from common.cli.flags import MixtureConfig, PredictConfig
 from common.cli.parser import command
 from common.data.tensors import ImageSet, TaskData, together
 from common.errors import UserError
@@ -27,6 +27,7 @@ from common.training.loop import Fit, fit
 from common.training.memory import in_batches, with_smaller_batches
 from common.training.objective import JointObjective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
+from ContextGatedMOE.saving import CONFIG_FILE, read_config
 
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
@@ -128,6 +129,25 @@ def load(folder: Path, config: MixtureConfig, tasks: list[TaskData]) -> ContextG
 def load_base(config: MixtureConfig, tasks: list[TaskData]) -> PreTrainedModel:
     """The backbone that all experts share. Its head is of no use: the experts bring theirs."""
     return models.load_backbone(config.model, tasks[0].classes, config.seed)
+
+
+def finished_folder(config: PredictConfig) -> Path:
+    """Where the mixture is that a prediction asks: --mixture, or the one below --root. Raises UserError if there is none."""
+    folder = Path(config.mixture) if config.mixture else Path(config.root) / "Results" / "CGM_Lora" / "Models" / mixture_name(
+        [task.key for task in read_tasks(config.root)])
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"there is no finished mixture in {folder}; run {command('CGM_Lora', config)}, or give another --root "
+                        "or --mixture")
+    return folder
+
+
+def open_by_name(folder: Path, config: PredictConfig) -> ContextGatedMOE:
+    """The mixture in `folder` on --model, or on the backbone it was made on. Raises UserError if either is missing or damaged."""
+    try:
+        name = config.model or read_config(folder)["base_model"]
+        return ContextGatedMOE.from_pretrained(folder, models.load_backbone(name, ["any"], config.seed))
+    except MixtureError as error:
+        raise UserError(f"{error}; run {command('CGM_Lora', config)} --overwrite") from error
 
 
 def start_folder(config: MixtureConfig) -> Path:

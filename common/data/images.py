@@ -3,7 +3,8 @@
 import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,6 +77,31 @@ def read_image(encoded: Encoded, levels: Levels | None = None) -> Read:
 
     levels: what becomes 0 and 255 in one of more than 8 bits of grey. Raises DamagedImage.
     """
+    with _opened(encoded) as (content, opened):
+        deep = re.search(";16[BLN]", str(opened.tile))  # how its pixels are stored
+        opened.load()
+        if opened.mode.startswith(("I", "F")):
+            if levels is None:
+                return Read(content, levels=_levels(opened))
+            deep = None
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        kept = opened.mode == "RGB" and not turned and not opened.has_transparency_data
+        rgb = opened if kept else to_rgb(ImageOps.exif_transpose(opened), levels)
+        brightest = max(high for _, high in rgb.getextrema()) if deep else None
+        return Read(content if kept else png(rgb), perceptual_hash(rgb), brightest=brightest)
+
+
+def open_image(encoded: Encoded) -> PILImage.Image:
+    """An image as upright RGB, grey of more than 8 bits by its own levels. Raises DamagedImage."""
+    with _opened(encoded) as (_, opened):
+        opened.load()
+        deep = opened.mode.startswith(("I", "F"))
+        return to_rgb(ImageOps.exif_transpose(opened), common_levels([_levels(opened)]) if deep else None)
+
+
+@contextmanager
+def _opened(encoded: Encoded) -> Iterator[tuple[bytes, PILImage.Image]]:
+    """The content of an image, and the image that Pillow opens from it. Raises DamagedImage, whatever goes wrong in the block."""
     try:
         content = encoded if isinstance(encoded, bytes | None) else encoded.read_bytes()
         if not content:
@@ -83,17 +109,7 @@ def read_image(encoded: Encoded, levels: Levels | None = None) -> Read:
         with PILImage.open(io.BytesIO(content)) as opened:
             if (pixels := opened.width * opened.height) > MOST_PIXELS:
                 raise DamagedImage(encoded, f"it has {pixels:,} pixels, more than {MOST_PIXELS:,}")
-            deep = re.search(";16[BLN]", str(opened.tile))  # how its pixels are stored
-            opened.load()
-            if opened.mode.startswith(("I", "F")):
-                if levels is None:
-                    return Read(content, levels=_levels(opened))
-                deep = None
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            kept = opened.mode == "RGB" and not turned and not opened.has_transparency_data
-            rgb = opened if kept else to_rgb(ImageOps.exif_transpose(opened), levels)
-            brightest = max(high for _, high in rgb.getextrema()) if deep else None
-            return Read(content if kept else png(rgb), perceptual_hash(rgb), brightest=brightest)
+            yield content, opened
     except DamagedImage:
         raise
     except PILImage.UnidentifiedImageError as error:
