@@ -1,6 +1,5 @@
 """Tests of the six scripts: one small run of them all, looked at from every side; running again; run_all."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -290,7 +289,7 @@ def test_a_saved_image_processor_gives_what_the_model_was_trained_on(workspace, 
 @pytest.mark.parametrize("method", ["Finetune", "Lora_Finetune", "CGM_Lora"])
 def test_a_prediction_does_not_depend_on_the_other_images_of_the_batch(workspace, tasks, monkeypatch, method, key):
     test, model = data_of(tasks, key).test, open_trained(workspace, method, key)
-    backwards = dataclasses.replace(test, inputs=test.inputs.flip(0), labels=test.labels.flip(0))
+    backwards = test.take(torch.arange(len(test)).flip(0))
     together = predict(workspace, model, test)
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 3)
     assert np.allclose(predict(workspace, model, backwards)[::-1], together, atol=1e-5)

@@ -30,7 +30,7 @@ def pictures(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8)
     labels = torch.randint(CLASSES, (count,), generator=generator)
-    return ImageSet(images, labels, torch.full((3,), 0.5), torch.full((3,), 0.5))
+    return ImageSet(images, labels, torch.full((3,), 2 / 255), torch.full((3,), -1.0))
 
 
 def head(seed=0):

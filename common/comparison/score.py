@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binomtest
-from torch import Tensor, nn
+from torch import nn
 
 from common.cli.flags import MixtureConfig
 from common.data.tensors import ImageSet, TaskData, together
@@ -28,11 +28,7 @@ EARLIER = "earlier formulation"
 def mixed_test(tasks: list[TaskData], seed: int) -> ImageSet:
     """The test images of all tasks in one seeded random order."""
     data = together([task.test for task in tasks])
-    return _part(data, torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
-
-
-def _part(data: ImageSet, rows: Tensor) -> ImageSet:
-    return ImageSet(data.inputs[rows], data.labels[rows], data.mean, data.std, data.tasks[rows])
+    return data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
 
 
 class Comparison:
@@ -50,7 +46,7 @@ class Comparison:
         probabilities, taken = [], []
         for rows in parts:
             stamps = [time.perf_counter()]
-            part = _part(self.data, rows)
+            part = self.data.take(rows)
             probabilities.append(evaluate(model, part, self.config, lambda: stamps.append(time.perf_counter()))[0])
             sizes = np.diff([*range(0, len(rows), EVALUATION_BATCH), len(rows)])
             taken += list(np.diff(stamps) / sizes)

@@ -1,7 +1,8 @@
-"""Prepared images as tensors for a backbone, resized once and kept beside the data."""
+"""Prepared images as a model takes them: resized once, kept beside the data, read as they are used."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -11,49 +12,61 @@ from typing import Any
 import pyarrow as pa
 import torch
 from PIL import Image as PILImage
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import BaseImageProcessor
 
 from common.cli.flags import RunFlags
 from common.cli.parser import command
+from common.data import pixels
+from common.data.pixels import StoredImages
+from common.data.processing import affine_of, processed, same_size
 from common.data.reading import CORES, in_order
 from common.data.sources import SPLITS
 from common.data.store import Row, fingerprint, read_manifest, read_split
 from common.errors import UserError
 from common.files import locked, sweep, writing
-from common.provenance import tensor_fingerprint
 from common.tasks import Task
+
+FEW = 2**30  # bytes of images that are copied to a GPU as a whole
 
 
 @dataclass
 class ImageSet:
-    """Examples in memory. inputs: images (N, 3, S, S) uint8 or features (N, D) float; labels: (N,) int64.
+    """Examples. inputs: images (N, C, H, W), in memory or on disk, or features (N, D) float; labels: (N,) int64.
 
-    mean, std: (3,) of the backbone's image processor, for pixels in [0, 1]; None for features.
-    tasks: (N,) int64, the position in the root's tasks of the one an image belongs to; only the mixture's training reads it.
+    scale, offset: (C,), which make of uint8 pixels what the model takes; None for inputs that are that already.
+    tasks: (N,) int64, the position of the task an image belongs to; a label is the number of the class within it.
     """
 
-    inputs: torch.Tensor
+    inputs: torch.Tensor | StoredImages
     labels: torch.Tensor
-    mean: torch.Tensor | None = None
-    std: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
     tasks: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The same examples on `device`."""
-        return ImageSet(*(None if t is None else t.to(device) for t in vars(self).values()))
+        """The same examples on `device`; images on disk only if they are few and it has a memory of its own."""
+        fields = dict(vars(self))
+        if isinstance(self.inputs, StoredImages):
+            few = torch.device(device).type != "cpu" and self.inputs.nbytes <= FEW
+            fields["inputs"] = self.inputs[:].to(device) if few else self.inputs
+        return ImageSet(**{name: value.to(device) if isinstance(value, torch.Tensor) else value
+                           for name, value in fields.items()})
 
     def batch(self, rows: torch.Tensor) -> torch.Tensor:
-        """Model inputs of these rows: (B, 3, S, S) float32, normalised as the image processor does, or (B, D)."""
-        inputs = self.inputs[rows]
-        if self.mean is None:
+        """Model inputs of these rows: (B, C, H, W) float32, as the image processor gives them, or (B, D)."""
+        inputs = self.inputs[rows].to(self.labels.device)
+        if self.scale is None:
             return inputs
-        return (inputs.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
+        return inputs.float().mul_(self.scale[:, None, None]).add_(self.offset[:, None, None])
+
+    def take(self, rows: torch.Tensor) -> "ImageSet":
+        """The examples of these rows (M,); images on disk stay there."""
+        inputs = self.inputs.take(rows) if isinstance(self.inputs, StoredImages) else self.inputs[rows]
+        return ImageSet(inputs, self.labels[rows], self.scale, self.offset, None if self.tasks is None else self.tasks[rows])
 
 
 @dataclass
@@ -75,72 +88,60 @@ class TaskData:
 
 
 def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> TaskData:
-    """Prepared images of a task as tensors for a backbone. Raises UserError if they are missing or damaged.
+    """Prepared images of a task as tensors for a backbone. Raises UserError if they are missing or damaged, or the image
+    processor is of no use for them.
 
-    The processor's resizing is done once for each dataset and size and kept on disk beside the data.
+    The processor's resizing and cropping is done once for each dataset and kept on disk beside the data.
     """
     manifest = read_manifest(task, config)
-    folder = Path(config.root) / task.dataset_folder
+    folder, counts = Path(config.root) / task.dataset_folder, {name: manifest["images"][name] for name in SPLITS}
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
     preprocessing = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    cache = folder / f"pixels_{preprocessing}.safetensors"
+    cache, of = folder / f"pixels_{preprocessing}.safetensors", f"{manifest['fingerprint']} {preprocessing}"
+    scale, offset = affine_of(processor) or (None, None)
     with locked(folder, wait=True):  # two scripts may want to resize at once
         sweep(folder)
-        tensors = _cached(cache, manifest)
-        if not tensors:
-            tensors = _resized(folder, manifest, processor, f"run {command('Data_Preparation', config)} --overwrite")
+        stored = pixels.read(cache, counts, of)
+        if stored is None:
             with writing(cache) as part:
-                save_file(tensors, part, {"of": _checksum(tensors, manifest)})
-    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-    sets = {name: ImageSet(tensors[f"{name}.images"], tensors[f"{name}.labels"], mean, std) for name in SPLITS}
+                batches = _processed(folder, manifest, processor, scale is not None, config)
+                pixels.write(part, counts, batches, of)
+            stored = pixels.read(cache, counts, of)
+    if stored is None:
+        raise UserError(f"{cache} cannot be read back after it was written; check the disk, or choose another --root")
+    sets = {name: ImageSet(*stored[name], scale, offset) for name in SPLITS}
     return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"], preprocessing=preprocessing,
                     near_duplicates_in_test=manifest["near_duplicates_in_test"])
 
 
-def _cached(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The resized images on disk; nothing if there are none, or they are damaged or of other images."""
-    try:
-        with safe_open(path, "pt") as file:
-            written = file.metadata()
-        tensors = load_file(path)
-    except (OSError, SafetensorError):
-        return {}
-    return tensors if written == {"of": _checksum(tensors, manifest)} else {}
+def _processed(folder: Path, manifest: dict[str, Any], processor: BaseImageProcessor, unscaled: bool,
+               config: RunFlags) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Images (n, C, H, W) of all splits as the processor makes them, on all cores, with their labels.
 
-
-def _checksum(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str:
-    return f"{manifest['fingerprint']} {tensor_fingerprint(tensors)}"
-
-
-def _resized(folder: Path, manifest: dict[str, Any], processor: BaseImageProcessor, fix: str) -> dict[str, torch.Tensor]:
-    """Images (N, 3, S, S) uint8 and labels (N,) of every split, resized on all cores.
-
-    Raises UserError, ending with `fix`, if they are not those of the manifest.
+    Raises UserError if the images are not those of the manifest, or not of one size then.
     """
-    def resized(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
-        images = [_decoded(content) for content, _ in rows]
-        pixels = processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
-        return pixels.to(torch.uint8), [(hashlib.sha256(content).digest(), label) for content, label in rows]
+    def work(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
+        images = processed(processor, [_decoded(content) for content, _ in rows], unscaled, config.model)
+        return images, [(hashlib.sha256(content).digest(), label) for content, label in rows]
 
-    tensors, found = {}, {}
+    found: dict[str, list[tuple[bytes, int]]] = {}
+    shape: torch.Size | None = None
     try:
         for name in SPLITS:
-            count = manifest["images"][name]
-            images, known = torch.empty(0), []
-            bar = tqdm(desc=f"resizing {name}", total=count, unit="image", leave=False, disable=None)
+            found[name] = []
+            bar = tqdm(desc=f"resizing {name}", total=manifest["images"][name], unit="image", leave=False, disable=None)
             with bar, ThreadPoolExecutor(CORES) as pool:
-                for pixels, rows in in_order(pool, resized, read_split(folder, name)):
-                    images = images if known else torch.empty((count, *pixels.shape[1:]), dtype=torch.uint8)
-                    images[len(known) : len(known) + len(rows)] = pixels
-                    known += rows
+                for images, rows in in_order(pool, work, read_split(folder, name)):
+                    shape = shape or images.shape
+                    found[name] += rows
+                    yield same_size(images, shape, config.model), [label for _, label in rows]
                     bar.update(len(rows))
-            tensors[f"{name}.images"], tensors[f"{name}.labels"] = images, torch.tensor([label for _, label in known])
-            found[name] = known
-        if fingerprint(found) != manifest["fingerprint"]:
+        counts = {name: len(rows) for name, rows in found.items()}
+        if fingerprint(found) != manifest["fingerprint"] or counts != manifest["images"]:
             raise ValueError("its images are not those of its manifest")
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, pa.ArrowException) as error:
+        fix = f"run {command('Data_Preparation', config)} --overwrite"
         raise UserError(f"{folder} is damaged ({error}); {fix}") from error
-    return tensors
 
 
 def _decoded(content: bytes) -> PILImage.Image:
@@ -151,9 +152,13 @@ def _decoded(content: bytes) -> PILImage.Image:
 
 
 def together(sets: list[ImageSet]) -> ImageSet:
-    """Several tasks' examples as one set that remembers which task each image is of."""
-    tasks = [torch.full((len(part),), index) for index, part in enumerate(sets)]
-    return ImageSet(
-        torch.cat([part.inputs for part in sets]), torch.cat([part.labels for part in sets]),
-        sets[0].mean, sets[0].std, torch.cat(tasks),
-    )
+    """Several tasks' examples as one set that remembers which task each is of. Raises UserError if images differ in size."""
+    inputs = sets[0].inputs
+    for part in sets[1:]:
+        if part.inputs.shape[1:] != inputs.shape[1:]:
+            raise UserError(f"the tasks' images differ in size ({tuple(inputs.shape[1:])} and {tuple(part.inputs.shape[1:])}); "
+                            "choose a --model whose image processor makes them all of one size")
+        stored = isinstance(inputs, StoredImages) and isinstance(part.inputs, StoredImages)
+        inputs = inputs.followed_by(part.inputs) if stored else torch.cat([inputs[:], part.inputs[:]])
+    tasks = torch.cat([torch.full((len(part),), index) for index, part in enumerate(sets)])
+    return ImageSet(inputs, torch.cat([part.labels for part in sets]), sets[0].scale, sets[0].offset, tasks)

@@ -1,8 +1,8 @@
 """How the cost grows: with experts, their rank, the number of images and their size."""
 
+import torch
 from torch import nn
 
-from common.data.tensors import ImageSet
 from tests.bench.lora import prepared_task, quiet_fit, recipe
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, mixture, training_step
@@ -48,7 +48,7 @@ def by_images(settings: Settings) -> Benchmark:
     flops, model = forward_flops(base, images(settings, 1, base)[0][0]), lora(base)
     for share in (4, 2, 1):
         count = len(task.train) // share
-        data = ImageSet(task.train.inputs[:count], task.train.labels[:count], task.train.mean, task.train.std)
+        data = task.train.take(torch.arange(count))
         cases.append(Case(
             f"{count} images", lambda data=data: quiet_fit(model, data, task.validation, config), count,
             2 * count * flops + len(task.validation) * flops, settings.training_precision,

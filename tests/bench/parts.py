@@ -79,7 +79,7 @@ def evaluation_batch(settings: Settings) -> Benchmark:
     model, count = demo_backbone(settings), 16 if settings.quick else 256
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
-    data = ImageSet(pixels, torch.zeros(count, dtype=torch.long), torch.full((3,), 0.5), torch.full((3,), 0.5))
+    data = ImageSet(pixels, torch.zeros(count, dtype=torch.long), torch.full((3,), 2 / 255), torch.full((3,), -1.0))
     config = parse(BenchmarkConfig, ["--demo", "--device", str(settings.device)])
     flops = count * forward_flops(model, images(settings, 1, model)[0][0])
 
