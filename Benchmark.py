@@ -15,10 +15,8 @@ def main(config: BenchmarkConfig) -> None:
     with Results(config, "Benchmark", "Benchmark") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
-        if results.finished(tasks):
-            return
         rows = []
-        for data in tasks:
+        for data in results.missing(tasks):
             model = models.load_backbone(config.model, data.classes, config.seed)
             probabilities, _ = evaluate(model, data.test, config)
             name = f"Benchmark_{data.task.title}"

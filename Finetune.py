@@ -17,14 +17,12 @@ def main(config: FinetuneConfig) -> None:
     with Results(config, "Finetune", "Finetune") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
-        if results.finished(tasks):
-            return
         rows = []
-        for data in tasks:
+        for data in results.missing(tasks):
             folder = results.folder / "Models" / f"{data.task.key}_finetune"
             model = models.load_backbone(config.model, data.classes, config.seed)
             fitted = fit(model, data.train, data.validation, config, f"finetune {data.task.key}",
-                         parameter_groups(model, config.layer_decay), checkpoint=results.checkpoint(folder.name))
+                         parameter_groups(model, config.layer_decay), checkpoint=results.checkpoint(folder.name, data))
             probabilities, _ = evaluate(model, data.test, config)
 
             name, trained = f"Finetuned_{data.task.title}", models.trainable_parameters(model)

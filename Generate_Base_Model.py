@@ -19,12 +19,10 @@ def main(config: BaseModelConfig) -> None:
     with Results(config, "Base_Models", "Generate_Base_Model") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
-        if results.finished(tasks):
-            return
         rows = []
-        for data in tasks:
+        for data in results.missing(tasks):
             name = f"{data.task.key}_base"
-            checkpoint = results.checkpoint(name)
+            checkpoint = results.checkpoint(name, data)
             model = models.load_backbone(config.model, data.classes, config.seed)
             head, started = model.classifier, time.perf_counter()
             train, validation = (features(model, part, config) for part in (data.train, data.validation))

@@ -21,10 +21,9 @@ def main(config: LoraConfig) -> None:
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
         adapters = models.read_adapters(config.experts(), [data.task for data in tasks])
         bases = {data.task.key: models.fingerprint(models.base_folder(config, data.task)) for data in tasks}
-        if results.finished(tasks, base=bases, adapter={key: adapter.fingerprint for key, adapter in adapters.items()}):
-            return
+        fingerprints = {key: adapter.fingerprint for key, adapter in adapters.items()}
         rows = []
-        for data in tasks:
+        for data in results.missing(tasks, base=bases, adapter=fingerprints):
             folder, fitted = models.lora_folder(config, data.task), None
             name, shown = f"Lora_{data.task.title}", f"LoRA, {data.task.name}"
             if data.task.key in adapters:
@@ -32,7 +31,7 @@ def main(config: LoraConfig) -> None:
             else:
                 model = models.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
                 fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}",
-                             checkpoint=results.checkpoint(folder.name))
+                             checkpoint=results.checkpoint(folder.name, data))
                 results.write_history(fitted.history, name, shown)
             probabilities, _ = evaluate(model, data.test, config)
             trained = models.trainable_parameters(model)

@@ -15,7 +15,7 @@ from common.cli.flags import RunFlags
 from common.data.tensors import TaskData
 from common.errors import UserError
 from common.files import locked, read_json, remove, sweep, write_csv, write_json, writing
-from common.provenance import changes, differences, versions
+from common.provenance import differences, versions
 from common.results import plotting
 from common.results.memory import PeakMemory
 from common.results.metrics import (
@@ -27,8 +27,8 @@ from common.results.metrics import (
     scores,
     told_scores,
 )
+from common.results.reuse import DATA, check_record, difference, joined
 from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
-from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.loop import Fit
@@ -37,7 +37,8 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "Checkpoints"
 # Settings that say where and how to run: results made with other values of these are the same results.
 NOT_COMPARED = {
-    "root", "overwrite", "device", "expert", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
+    "root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
+    "expert",  # which task's expert an adapter is: `starts` of Results.missing tells that
 }
 
 
@@ -53,6 +54,10 @@ class Results:
         self.top = Path(config.root) / "Results"
         self.folder = self.top / name
         self.made_from: dict[str, Any] = {}
+        self._tasks: list[TaskData] = []
+        self._kinds: list[str] = []  # entries of made_from that have one value for each task
+        self._record: dict[str, Any] = {}  # what config.json is to tell: of results that stay, too
+        self._packages: dict[str, str] = {}  # those that finished results were made with
         self._held = ExitStack()
         self._memory = PeakMemory()
 
@@ -64,20 +69,40 @@ class Results:
             remove(self.folder / CHECKPOINTS)
         self._held.close()
 
-    def finished(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> bool:
-        """True if the same results, of the same settings, data, backbone and models, are there already; prints them.
+    def missing(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> list[TaskData]:
+        """The tasks whose results, each of its own model, are not there yet; prints the results if all are.
 
         starts: kind -> task key -> fingerprint of the model that the script starts from, None if there is none: then
         finished results cannot tell whether they are of the same one, and stay. Raises UserError if another run is at work
-        in the folder, or, naming the difference, if it holds finished results of something else and `--overwrite` was
-        not given.
+        in the folder, or, naming the difference, if it holds finished results of other settings, images, backbone or models
+        and `--overwrite` was not given.
         """
+        there = self._finished_tasks(tasks, starts, one_model=False)
+        missing = [data for data in tasks if not distributed.any_of(data.task.key in there)]
+        if there and missing:
+            print(f"{self.name} of {', '.join(sorted(there))} is finished already and stays")
+        self._show_finished(not missing)
+        return missing
+
+    def finished(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> bool:
+        """True if the results of one model of all these tasks are there already; prints them.
+
+        If they are of fewer tasks only, they are to be made anew. All else is as in `missing`.
+        """
+        there = self._finished_tasks(tasks, starts, one_model=True)
+        finished = distributed.any_of(bool(there) and there >= {data.task.key for data in tasks})
+        self._show_finished(finished)
+        return finished
+
+    def _finished_tasks(self, tasks: list[TaskData], starts: dict[str, dict[str, str | None]], one_model: bool) -> set[str]:
+        """Keys of the tasks whose results are there; in the main process, the others have an empty set."""
         self._memory.restart()
-        self.made_from = self._made_from(tasks, starts)
-        return distributed.any_of(bool(self._finished(starts)))
+        self._tasks, self._kinds = tasks, [DATA, *starts]
+        self.made_from = self._record = self._made_from(tasks, starts)
+        return self._compare(one_model) or set()
 
     @distributed.on_main
-    def _finished(self, starts: dict[str, dict[str, str | None]]) -> bool:
+    def _compare(self, one_model: bool) -> set[str]:
         path, summary = self.folder / CONFIG_FILE, self.top / SUMMARY_FILE
         if summary.exists():
             read_summary(summary)  # a damaged one is to be known before the work, not after it
@@ -87,18 +112,26 @@ class Results:
             path.unlink(missing_ok=True)
             remove(self.folder / CHECKPOINTS)
         if not path.exists():
-            return False
+            return set()
         fix = "add --overwrite to make them anew, or choose another --root"
         there = read_json(path, fix)
-        unknown = {kind: there.get(kind) for kind, by_task in starts.items() if None in by_task.values()}
-        wanted = {**self.made_from, "packages": there.get("packages"), **unknown}
-        for difference in changes(there, wanted):
-            raise UserError(f"{self.folder} holds finished results with {difference}; {fix}")
-        self._print()
-        for difference in differences({"packages": there.get("packages")}, {"packages": versions()}):
-            print(f"They were made with {difference}")
-        print(f"{self.name} is finished already; --overwrite makes it anew")
-        return True
+        check_record(there, self._kinds, str(path), fix)
+        if found := difference(there, self.made_from, self._kinds, one_model):
+            raise UserError(f"{self.folder} holds finished results with {found}; {fix}")
+        self._packages = there["packages"]
+        if not one_model:
+            self._record = joined(there, self.made_from, self._kinds)
+        finished = there[DATA].keys() & self.made_from[DATA].keys()
+        self._rows({data.task.title for data in self._tasks if data.task.key in finished})
+        return finished
+
+    @distributed.on_main
+    def _show_finished(self, finished: bool) -> None:
+        if finished:
+            self._print()
+            for found in differences({"packages": self._packages}, {"packages": versions()}):
+                print(f"They were made with {found}")
+            print(f"{self.name} is finished already; --overwrite makes it anew")
 
     def _made_from(self, tasks: list[TaskData], starts: dict[str, dict[str, str | None]]) -> dict[str, Any]:
         """All that the results depend on: settings, fingerprints of data, backbone and models, versions of packages."""
@@ -109,12 +142,18 @@ class Results:
 
     def made_from_for(self, data: TaskData) -> dict[str, Any]:
         """What the model of one task is made from."""
-        return {key: value.get(data.task.key) if key in ("data", "base", "adapter") else value
-                for key, value in self.made_from.items()}
+        return {key: value.get(data.task.key) if key in self._kinds else value for key, value in self.made_from.items()}
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """The checkpoint of one of the script's trainings. Raises UserError if it is damaged or of other results."""
-        return Checkpoint(self.folder / CHECKPOINTS / f"{name}.safetensors", self.made_from)
+    def checkpoint(self, name: str, data: TaskData | None = None) -> Checkpoint:
+        """The checkpoint of one of the script's trainings, on `data` alone or on all tasks.
+
+        Raises UserError if it is damaged or of other results.
+        """
+        made_from = self.made_from
+        if data is not None:
+            made_from = {key: {data.task.key: value.get(data.task.key)} if key in self._kinds else value
+                         for key, value in made_from.items()}
+        return Checkpoint(self.folder / CHECKPOINTS / f"{name}.safetensors", made_from)
 
     def title(self, text: str) -> str:
         """The title of a plot; those made from generated images say so."""
@@ -214,22 +253,28 @@ class Results:
                 part.symlink_to(self.name, target_is_directory=True)
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
-        """Put this script's rows into the summary, mark the results as finished and print them."""
+        """Put the rows of what was made into the summary, mark the results as finished and print them."""
         self._finish(rows)
         distributed.any_of(False)  # the others wait until all is there
 
     @distributed.on_main
     def _finish(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
         with locked(self.top, wait=True):  # another script may be at its end too
             update_summary(self.top / SUMMARY_FILE, self.name, rows)
-        write_json(self.folder / CONFIG_FILE, self.made_from)
+        write_json(self.folder / CONFIG_FILE, self._record)
         self._print()
 
     def _print(self) -> None:
+        print(as_text(self._rows({data.task.title for data in self._tasks})))
+        print(f"Results are in {self.folder}")
+
+    def _rows(self, titles: set[str]) -> pd.DataFrame:
+        """This script's rows of the summary, of these tasks. Raises UserError if one is missing."""
         path = self.top / SUMMARY_FILE
         table = read_summary(path)
-        rows = table[table["method"] == self.name]
-        if set(rows["task"]) != {task.title for task in read_tasks(self.config.root)}:
+        rows = table[(table["method"] == self.name) & table["task"].isin(titles)]
+        if set(rows["task"]) != titles:
             raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
-        print(as_text(rows))
-        print(f"Results are in {self.folder}")
+        return rows

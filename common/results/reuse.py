@@ -1,0 +1,35 @@
+"""Which finished results can stay: what they were made from, against what they would be made from now."""
+
+from typing import Any
+
+from common.errors import UserError
+from common.provenance import changes
+
+DATA = "data"
+
+
+def difference(there: dict[str, Any], wanted: dict[str, Any], kinds: list[str], one_model: bool) -> str | None:
+    """How what finished results were made from differs from what is wanted, "key = old, not new"; None if it does not.
+
+    kinds: entries that hold a fingerprint for each task (or expert), None if it is not known; the others are settings. Tasks
+    that have no results yet do not count, nor, unless `one_model` is of all tasks, do results of tasks that are gone.
+    """
+    compared = {**wanted, "packages": there["packages"]}
+    for kind in kinds:
+        compared[kind] = {key: there[kind].get(key) if value is None else value for key, value in wanted[kind].items()
+                          if key in there[kind] or key in there[DATA]}
+        if not one_model:
+            compared[kind] = {**there[kind], **compared[kind]}
+    return next(changes(there, compared), None)
+
+
+def joined(there: dict[str, Any], new: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """What the results of the tasks that stay and of the new ones were made from."""
+    return {**new, **{kind: {**there[kind], **new[kind]} for kind in kinds}}
+
+
+def check_record(there: dict[str, Any], kinds: list[str], where: str, fix: str) -> None:
+    """Raise UserError, ending with `fix`, unless a record of what results were made from has an entry for each of `kinds`."""
+    for kind in (*kinds, "packages"):
+        if not isinstance(there.get(kind), dict):
+            raise UserError(f"{where} does not tell {kind!r}; {fix}")
