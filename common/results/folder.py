@@ -27,6 +27,7 @@ from common.results.metrics import (
     scores,
     told_scores,
 )
+from common.results.report import PAGE, write_report
 from common.results.reuse import DATA, check_record, difference, joined
 from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
 from common.training import distributed
@@ -45,8 +46,8 @@ NOT_COMPARED = {
 class Results:
     """The folder of one script's results, `<root>/Results/<name>`, and its rows in the summary.
 
-    Used in a `with` statement, to whose end it keeps other runs out of the folder. config.json is written last: a folder
-    that has one is complete.
+    Used in a `with` statement: until its end other runs are kept out of the folder, and at its end the page of all results
+    is written. config.json is written after all other files: a folder that has one is complete.
     """
 
     def __init__(self, config: RunFlags, name: str, script: str):
@@ -58,6 +59,7 @@ class Results:
         self._kinds: list[str] = []  # entries of made_from that have one value for each task
         self._record: dict[str, Any] = {}  # what config.json is to tell: of results that stay, too
         self._packages: dict[str, str] = {}  # those that finished results were made with
+        self._written = False  # anything that the page shows
         self._held = ExitStack()
         self._memory = PeakMemory()
 
@@ -67,6 +69,8 @@ class Results:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None and distributed.rank() == 0:
             remove(self.folder / CHECKPOINTS)
+            if self._tasks and (self._written or not (self.top / PAGE).exists()):
+                write_report(self.top, self._tasks, self.config.demo)
         self._held.close()
 
     def missing(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> list[TaskData]:
@@ -162,6 +166,7 @@ class Results:
     @distributed.on_main
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         """Write a table into the folder."""
+        self._written = True
         write_csv(self.folder / name, table)
 
     @distributed.on_main
@@ -261,6 +266,7 @@ class Results:
     def _finish(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
+        self._written = True
         with locked(self.top, wait=True):  # another script may be at its end too
             update_summary(self.top / SUMMARY_FILE, self.name, rows)
         write_json(self.folder / CONFIG_FILE, self._record)
