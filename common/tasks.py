@@ -13,7 +13,7 @@ from common.files import locked, read_json, write_json
 TASKS_FILE = "tasks.json"
 HUB = "hub:"  # how a source on the Hub begins
 LONGEST_NAME = 60  # characters, as names are joined to those of files and folders
-RESERVED = "all|comparison|routing|(.*_)?history"  # other files and rows have such names: CGM_Lora_Routing.csv
+RESERVED = "all|none|comparison|routing|(.*_)?history"  # other files, rows and answers have such names: CGM_Lora_Routing.csv
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from common.cli.run import run
 from common.comparison import mixture
 from common.errors import UserError
 from common.files import locked, read_json, recover, writing
-from common.results.folder import Results
 from common.training.checkpoint import Checkpoint
 from common.training.evaluate import evaluate
 from common.training.interrupts import stopping
@@ -356,20 +355,6 @@ def test_whenever_writing_is_killed_the_old_or_the_new_content_is_there(tmp_path
         if not killed:
             break
     assert call > (1 if kind == "file" else 4)
-
-
-def test_a_damaged_summary_is_refused_in_one_line_that_tells_the_way_out(mutable, tasks):
-    path = mutable.results / "summary.csv"
-    content, rows = path.read_bytes(), mutable.summary()
-    for spoilt in list(damaged(content))[::3]:
-        path.write_bytes(spoilt)
-        try:
-            with Results(mutable.config("Benchmark"), "Benchmark", "Benchmark") as found:
-                found.finished(tasks)
-        except UserError as error:
-            assert "summary.csv" in str(error) and "--overwrite" in str(error) and "\n" not in str(error)
-        else:  # cut between the rows of other scripts, or a number as good as before
-            assert pd.read_csv(path).equals(rows[: len(pd.read_csv(path))])
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "adapter_config.json", "adapter_model.safetensors"])

@@ -62,7 +62,7 @@ every_training = pytest.mark.parametrize(
 
 def expected_results():
     """Every file of Results/, as the design lists them."""
-    names = {"Benchmark_Data", "summary.csv", *(f"{method}/config.json" for method in METHODS)}
+    names = {"Benchmark_Data", "index.html", "summary.csv", *(f"{method}/config.json" for method in METHODS)}
     names |= {f"{method}/{name}_History.csv" for method, names in HISTORIES.items() for name in names}
     for key, title in TITLES.items():
         names |= {f"Base_Models/{key}_base/{name}" for name in MODEL_FILES}

@@ -103,15 +103,15 @@ def _matrices(top: Path, data: TaskData, methods: dict[str, tuple[str, str]]) ->
 
 def _curves(top: Path, tasks: list[TaskData], methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """One entry for each task and one for all of them together, with the losses and accuracies of every training."""
-    def drawn(stems: list[tuple[Path, str]]) -> list[dict[str, Any]]:
+    def drawn(task: str, stems: list[tuple[Path, str]]) -> list[dict[str, Any]]:
         return _pictures((path.with_name(f"{path.name}_{quantity}.png"), f"{what}, {quantity.lower()}",
-                          f"training and validation {quantity.lower()} by epoch, the chosen epoch marked")
+                          f"{task}, in training and validation by epoch, the chosen epoch marked")
                          for path, what in stems for quantity in ("Losses", "Accuracies"))
 
     by_task = [(data.task.name, [(top / name / f"{prefix}_{data.task.title}", what)
                                  for name, (what, prefix) in methods.items()]) for data in tasks]
     joint = [(top / name / MIXTURE, what) for name, (what, prefix) in methods.items() if prefix == MIXTURE]
-    entries = [{"name": name, "pictures": drawn(stems)} for name, stems in [*by_task, ("All tasks together", joint)]]
+    entries = [{"name": name, "pictures": drawn(name, stems)} for name, stems in [*by_task, ("All tasks together", joint)]]
     return [entry for entry in entries if entry["pictures"]]
 
 
