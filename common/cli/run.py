@@ -1,5 +1,6 @@
 """Running a script: settings of its libraries, signals, and what is said when it cannot go on."""
 
+import logging
 import os
 import signal
 import sys
@@ -17,14 +18,15 @@ from common.errors import UserError
 # wants to see it all the same sets these variables.
 LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "critical",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "MPLBACKEND": "agg",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
 
 def set_up_libraries() -> None:
-    """Set the libraries' log levels, progress bars, warnings and plots to files. Call it before they are imported."""
+    """Set the libraries' log levels, progress bars and warnings. Call it before they are imported."""
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it would tell of every font it has no weight of
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by an old name
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")  # refused by us, in one line
 
