@@ -245,15 +245,16 @@ BAD_INPUTS = {
         script, ("model = {model}, not {other_backbone}", "--overwrite"), ("--model", "{other_backbone}"), anew=False)
        for script in AFTER_DATA},
     **{f"{script} after {before} with another image processor": Bad(
-        script, ("image processor", f"{before}.py", "--overwrite"), ("--model", "{root}/other_processor"), spoil=other_processor,
-        leaves=True)
+        script, ("image processor", f"{before}.py", "--overwrite"), ("--model", "{root}/other_processor"),
+        spoil=other_processor, leaves=True)
        for script, before in (("Lora_Finetune", "Generate_Base_Model"), ("CGM_Lora", "Lora_Finetune"))},
     "finished with another image processor": Bad(
-        "Finetune", ("preprocessing = ", "--overwrite"), ("--model", "{root}/other_processor"), spoil=other_processor, anew=False,
-        leaves=True),
+        "Finetune", ("preprocessing = ", "--overwrite"), ("--model", "{root}/other_processor"), spoil=other_processor,
+        anew=False, leaves=True),
     "no BEiT": Bad("Benchmark", ("vit", "BEiT"), ("--model", "{root}/vit"), spoil=not_a_beit),
     # results and checkpoints
-    **{f"{script} summary": Bad(script, ("summary.csv has no column", "--overwrite"), spoil=holds("Results/summary.csv", "a,b\n"))
+    **{f"{script} summary": Bad(
+        script, ("summary.csv has no column", "--overwrite"), spoil=holds("Results/summary.csv", "a,b\n"))
        for script in AFTER_DATA},
     **{f"{script} finished, not in the summary": Bad(
         script, (f"no rows of {RESULTS_OF[script]}", "--overwrite"), spoil=drop_rows(script), anew=False)
