@@ -19,7 +19,7 @@ from common.results import plotting
 from common.results.folder import Results
 from common.results.memory import PeakMemory
 from common.results.metrics import NONE, JointPredictions, confusion, joint_confusion, joint_table, scores, told_scores
-from common.results.reuse import difference
+from common.results.reuse import completed, difference
 from common.results.summary import read_summary, update_summary
 
 ODD_NAMES = ["$$ premium", "paddle_and_ball", "\\frac{1}{2} & <b>", "two\nlines of a name that goes on and on", "森 é", "_"]
@@ -277,9 +277,14 @@ def test_only_what_belongs_to_tasks_that_are_there_is_compared():
         (same | {"data": {"a": "9", "b": "2"}}, False, "data.a = 1, not 9"),
         (same | {"base": {"a": "z"}}, False, "base.a = x, not z"), (same | {"base": {"a": None}}, False, None),
         (same | {"base": {"a": "x", "b": "y"}}, False, "base.b = None, not y"),
+        (same | {"adapter": {"b": "y"}}, False, "adapter.b = None, not y"),
     ]
     for wanted, one_model, expected in cases:
-        assert difference(there, wanted, ["data", "base"], one_model) == expected, (wanted, one_model)
+        kinds = [kind for kind in ("data", "base", "adapter") if kind in wanted]
+        assert difference(completed(there, kinds, "", ""), wanted, kinds, one_model) == expected, (wanted, one_model)
+    for record in ({}, {"data": {}}, {"data": [], "packages": {}}, {"data": {}, "packages": {}, "base": "x"}):
+        with pytest.raises(UserError, match="config.json does not tell '.*'; run it again"):
+            completed(record, ["data", "base"], "config.json", "run it again")
 
 
 def test_a_task_that_is_added_is_made_alone(workspace, tasks, tmp_path, capsys):

@@ -28,7 +28,7 @@ from common.results.metrics import (
     told_scores,
 )
 from common.results.report import PAGE, write_report
-from common.results.reuse import DATA, check_record, difference, joined
+from common.results.reuse import DATA, completed, difference, joined
 from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
@@ -118,8 +118,7 @@ class Results:
         if not path.exists():
             return set()
         fix = "add --overwrite to make them anew, or choose another --root"
-        there = read_json(path, fix)
-        check_record(there, self._kinds, str(path), fix)
+        there = completed(read_json(path, fix), self._kinds, str(path), fix)
         if found := difference(there, self.made_from, self._kinds, one_model):
             raise UserError(f"{self.folder} holds finished results with {found}; {fix}")
         self._packages = there["packages"]

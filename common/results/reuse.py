@@ -28,8 +28,13 @@ def joined(there: dict[str, Any], new: dict[str, Any], kinds: list[str]) -> dict
     return {**new, **{kind: {**there[kind], **new[kind]} for kind in kinds}}
 
 
-def check_record(there: dict[str, Any], kinds: list[str], where: str, fix: str) -> None:
-    """Raise UserError, ending with `fix`, unless a record of what results were made from has an entry for each of `kinds`."""
-    for kind in (*kinds, "packages"):
-        if not isinstance(there.get(kind), dict):
+def completed(there: dict[str, Any], kinds: list[str], where: str, fix: str) -> dict[str, Any]:
+    """A record of what results were made from, with an empty entry for each of `kinds` that it lacks.
+
+    Raises UserError, ending with `fix`, if it does not tell what every record does.
+    """
+    record = {**{kind: {} for kind in kinds if kind != DATA}, **there}
+    for kind in (DATA, *kinds, "packages"):
+        if not isinstance(record.get(kind), dict):
             raise UserError(f"{where} does not tell {kind!r}; {fix}")
+    return record
