@@ -18,7 +18,16 @@ from common.files import write_csv
 from common.results import plotting
 from common.results.folder import Results
 from common.results.memory import PeakMemory
-from common.results.metrics import NONE, JointPredictions, confusion, joint_confusion, joint_table, scores, told_scores
+from common.results.metrics import (
+    NONE,
+    JointPredictions,
+    confusion,
+    joint_confusion,
+    joint_table,
+    predictions_table,
+    scores,
+    told_scores,
+)
 from common.results.reuse import completed, difference
 from common.results.summary import read_summary, update_summary
 
@@ -112,6 +121,40 @@ def test_a_summary_that_nobody_can_have_meant_is_refused_in_one_line(summary):
     summary.write_bytes(b"method,\xff\xe9")
     with pytest.raises(UserError, match="cannot be read"):
         read_summary(summary)
+
+
+# ---- scores of one task ----
+
+
+def table_of(actual, predicted, classes=("cat", "dog", "owl")):
+    """The table of predictions that are certain of these labels."""
+    return predictions_table(np.eye(len(classes))[predicted], np.array(actual), list(classes))
+
+
+def test_a_table_of_predictions_tells_what_the_model_said():
+    table = predictions_table(np.array([[0.2, 0.8], [0.9, 0.1]]), np.array([1, 1]), ["cat", "dog"])
+    assert table.to_dict("list") == {
+        "Image": [0, 1], "Predicted Class": ["dog", "cat"], "Actual Class": ["dog", "dog"],
+        "Probability cat": [0.2, 0.9], "Probability dog": [0.8, 0.1]}
+    counts, columns = confusion(table_of([0, 0, 1, 2], [0, 1, 1, 1]), ["cat", "dog", "owl"])
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]] and columns == ["cat", "dog", "owl"]
+
+
+def test_the_interval_is_wilsons():
+    """8 of 10: Wilson (1927) gives 0.490 to 0.943; it is not empty at the ends either."""
+    result = scores(table_of([0] * 10, [0] * 8 + [1] * 2))
+    found = result["accuracy"], result["accuracy_low"], result["accuracy_high"]
+    assert found == pytest.approx((0.8, 0.49016, 0.94331), abs=1e-4)
+    for correct in (0, 5):
+        result = scores(table_of([0] * 5, [0] * correct + [1] * (5 - correct)))
+        assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
+        assert result["accuracy_high"] - result["accuracy_low"] > 0.3
+
+
+def test_macro_f1_counts_a_class_that_is_never_predicted_as_zero():
+    """cat: 2 of 2 found, 4 said: F1 2/3; dog and owl are never said."""
+    assert scores(table_of([0, 0, 1, 2], [0, 0, 0, 0]))["macro_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert scores(table_of([0, 1, 2], [0, 1, 2]))["macro_f1"] == 1
 
 
 # ---- predictions among the classes of all tasks ----

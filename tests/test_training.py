@@ -13,7 +13,6 @@ from torch import nn
 from trainings import CLASSES, WIDTH, examples, head, pictures, settings, trained, weights
 
 from common.errors import UserError
-from common.results.metrics import confusion, predictions_table, scores
 from common.training import evaluate as evaluation
 from common.training.evaluate import evaluate, features
 from common.training.loop import fit
@@ -271,48 +270,3 @@ def test_weight_decay_is_of_matrices_alone():
     optimizer.step()
     smaller = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert smaller == {name for name in before if re.search(r"(proj|fc\d|projection|classifier)\.weight$", name)}
-
-
-# ---- scores ----
-
-
-def table_of(actual, predicted, classes=("cat", "dog", "owl")):
-    """The table of predictions that are certain of these labels."""
-    return predictions_table(np.eye(len(classes))[predicted], np.array(actual), list(classes))
-
-
-def test_the_interval_is_wilsons():
-    """8 of 10: Wilson (1927) gives 0.490 to 0.943."""
-    result = scores(table_of([0] * 10, [0] * 8 + [1] * 2))
-    assert result["accuracy"] == 0.8
-    assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx((0.49016, 0.94331), abs=1e-4)
-
-
-@pytest.mark.parametrize("correct", [0, 5])
-def test_the_interval_is_not_empty_at_the_ends(correct):
-    result = scores(table_of([0] * 5, [0] * correct + [1] * (5 - correct)))
-    assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
-    assert result["accuracy_high"] - result["accuracy_low"] > 0.3
-
-
-def test_macro_f1_counts_a_class_that_is_never_predicted_as_zero():
-    """cat: 2 of 2 found, 4 said: F1 2/3; dog and owl are never said."""
-    assert scores(table_of([0, 0, 1, 2], [0, 0, 0, 0]))["macro_f1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
-
-
-def test_macro_f1_of_perfect_predictions_is_one():
-    assert scores(table_of([0, 1, 2], [0, 1, 2]))["macro_f1"] == 1
-
-
-def test_a_confusion_matrix_has_actual_classes_in_rows_and_predicted_ones_in_columns():
-    counts, _ = confusion(table_of([0, 0, 1, 2], [0, 1, 1, 1]), ["cat", "dog", "owl"])
-    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 0]]
-
-
-def test_a_table_of_predictions_tells_what_the_model_said():
-    probabilities = np.array([[0.2, 0.8], [0.9, 0.1]])
-    table = predictions_table(probabilities, np.array([1, 1]), ["cat", "dog"], {"fire": np.array([0.3, 0.4])})
-    assert table.to_dict("list") == {
-        "Image": [0, 1], "Predicted Class": ["dog", "cat"], "Actual Class": ["dog", "dog"],
-        "Probability cat": [0.2, 0.9], "Probability dog": [0.8, 0.1], "Gate fire": [0.3, 0.4],
-    }

@@ -170,12 +170,12 @@ class Results:
 
     @distributed.on_main
     def write_test(self, data: TaskData, probabilities: np.ndarray, name: str, title: str, fitted: Fit | None = None,
-                   trainable: int = 0, gates: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
+                   trainable: int = 0) -> dict[str, Any]:
         """Write predictions and confusion matrix of one task's test split; return its row of the summary.
 
-        probabilities: (N, C); gates: expert -> mean gate weight (N,); trainable: number of trained parameters.
+        probabilities: (N, C); trainable: number of trained parameters.
         """
-        table = predictions_table(probabilities, data.test.labels.numpy(), data.classes, gates)
+        table = predictions_table(probabilities, data.test.labels.numpy(), data.classes)
         write_csv(self.folder / f"{name}.csv", table)
         row = self.row(data, table, fitted, trainable)
         self._draw_confusion(name, f"{title}, {plotting.shown(data.task.name)}", *confusion(table, data.classes), data.classes,

@@ -29,18 +29,15 @@ class JointPredictions:
     refused: np.ndarray | None = None
 
 
-def predictions_table(
-    probabilities: np.ndarray, labels: np.ndarray, classes: list[str], gates: dict[str, np.ndarray] | None = None
-) -> pd.DataFrame:
-    """One row per image, in order: row number, predicted and actual class, a probability per class, gates if any.
+def predictions_table(probabilities: np.ndarray, labels: np.ndarray, classes: list[str]) -> pd.DataFrame:
+    """One row per image, in order: row number, predicted and actual class, a probability per class.
 
-    probabilities: (N, C); labels: (N,); gates: expert name -> mean gate weight (N,).
+    probabilities: (N, C); labels: (N,).
     """
     names = np.array(classes, dtype=object)
     return pd.DataFrame({
         "Image": np.arange(len(labels)), "Predicted Class": names[probabilities.argmax(1)], "Actual Class": names[labels],
         **{f"Probability {name}": probabilities[:, index] for index, name in enumerate(classes)},
-        **{f"Gate {name}": weights for name, weights in (gates or {}).items()},
     })
 
 

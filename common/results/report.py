@@ -150,8 +150,6 @@ def _images(top: Path, mixture: str, data: TaskData, tasks: int) -> list[dict[st
     if not path.exists():
         return []
     table = pd.read_csv(path, keep_default_na=False)
-    if "Predicted Task" not in table:  # of a mixture that was told the task
-        return []
     table["Sure"] = table.filter(regex="^Probability ").max(axis=1)
     wrong = (table["Predicted Task"] != key) | (table["Predicted Class"] != table["Actual Class"])
     count = max(2, IMAGES_SHOWN // (2 * tasks))
