@@ -1,4 +1,4 @@
-"""Tests of the training loop, the evaluation and the scores, on heads and tiny backbones."""
+"""Tests of the training loop and the evaluation, on heads and tiny backbones."""
 
 import dataclasses
 import math
