@@ -39,7 +39,7 @@ HISTORIES = {
 }
 MODEL_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "provenance.json"]
 LORA_FILES = ["adapter_config.json", "adapter_model.safetensors", *MODEL_FILES[2:]]
-MIXTURE_FILES = ["cgm_config.json", "cgm_model.safetensors", "config.json", *MODEL_FILES[2:]]
+MIXTURE_FILES = ["cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors", "config.json", *MODEL_FILES[2:]]
 BLOCK_LINEARS = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
 # A setting of every script that makes other results.
 OTHER_SETTING = {
@@ -73,7 +73,8 @@ def expected_results():
         for stem in (f"Finetune/Finetuned_{title}", f"Lora_Finetune/Lora_{title}"):
             names |= {f"{stem}_Losses.png", f"{stem}_Accuracies.png"}
     names |= {f"CGM_Lora/Models/fire_game_cgm_lora/{name}" for name in MIXTURE_FILES}
-    names |= {f"CGM_Lora/CGM_Lora_{name}" for name in ("Losses.png", "Accuracies.png", "Routing.png", "Routing.csv")}
+    parts = ("Losses.png", "Accuracies.png", "Routing.png", "Routing.csv", "Confusion_Matrix.png")
+    names |= {f"CGM_Lora/CGM_Lora_{name}" for name in parts}
     return names
 
 
