@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common import models
 from common.cli.flags import BaseModelConfig, LoraConfig
 from common.cli.parser import parse
+from common.data.processing import affine_of
 from common.data.splits import random_split
 from common.data.tensors import ImageSet
 from common.errors import UserError
@@ -68,7 +69,7 @@ def member(name: str, settings: Settings, seed: int, folder: Path) -> Member:
     flags = ["--demo", "--seed", str(seed), "--device", str(settings.device), *(["--epochs", "1"] if settings.quick else [])]
     base_config, config = parse(BaseModelConfig, flags), parse(LoraConfig, flags)
     task, processor = make(name, seed, 5 if settings.quick else None), models.load_processor(config.model)
-    sets = _split(task, seed, torch.tensor(processor.image_mean), torch.tensor(processor.image_std))
+    sets = _split(task, seed, *affine_of(processor))
     model = models.load_backbone(config.model, task.classes, seed)
     tensors = {"images": torch.from_numpy(task.images), "labels": torch.from_numpy(task.labels), **model.state_dict()}
     made_from = f"{tensor_fingerprint(tensors)} {_digest(base_config, config)}"
@@ -96,10 +97,10 @@ def member(name: str, settings: Settings, seed: int, folder: Path) -> Member:
     return Member(name, task.classes, **sets, adapter=adapter, **facts)
 
 
-def _split(task: TaskImages, seed: int, mean: torch.Tensor, std: torch.Tensor) -> dict[str, ImageSet]:
-    """The images of each split. mean, std: (3,) of the backbone's image processor."""
+def _split(task: TaskImages, seed: int, scale: torch.Tensor, offset: torch.Tensor) -> dict[str, ImageSet]:
+    """The images of each split. scale, offset: (3,) of the backbone's image processor."""
     images, labels = torch.from_numpy(task.images), torch.from_numpy(task.labels)
-    return {name: ImageSet(images[rows], labels[rows], mean, std) for name, rows in random_split(task.labels, seed).items()}
+    return {name: ImageSet(images[rows], labels[rows], scale, offset) for name, rows in random_split(task.labels, seed).items()}
 
 
 def _digest(*configs: object) -> str:
