@@ -45,7 +45,7 @@ class Member:
     seconds: float
 
 
-def routing(settings: Settings) -> pd.DataFrame:
+def experts(settings: Settings) -> pd.DataFrame:
     """the tasks of the routing suite and how good their experts are; experts are kept in the output folder."""
     return pd.DataFrame([
         {"seed": seed, "task": member.name, "classes": len(member.classes),
