@@ -35,9 +35,9 @@ from pipeline import hashes
 
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
+from common.data.generated import generator
 from common.data.hub import CONNECTIONS, DIGEST_BYTES
 from common.data.prepare import prepare
-from common.data.generated import generator
 from common.errors import UserError
 from common.tasks import DOCUMENTED
 

@@ -14,7 +14,6 @@ from pipeline import REPOSITORY, Workspace, files_in, hashes
 
 from common import models
 from common.cli.flags import SCRIPTS, RunAllConfig
-from common.cli.parser import parse
 from common.cli.run import run
 from common.files import read_json
 from common.provenance import versions

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from common.cli.flags import DEMO_BACKBONE, LoraConfig, PreparationConfig, TrainingFlags
 from common.cli.parser import parse
-from common.data.prepare import prepare
 from common.data.generated import generator
+from common.data.prepare import prepare
 from common.data.tensors import ImageSet, TaskData, load_task
 from common.models import load_processor
 from common.tasks import DOCUMENTED
