@@ -243,11 +243,11 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
 
     _argument_group_name: ClassVar[str] = "comparison"
     lowest: ClassVar[dict[str, float]] = {**RunFlags.lowest, "epochs": 0}
-    epochs: int = option(25, "passes over the training images; 0 keeps the gates as they start")
+    epochs: int = option(0, "passes over the training images after the closed-form start, which is epoch 0; the best epoch is taken")
     learning_rate: float = option(2e-3, "peak learning rate of the gates")
     compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3, "epochs": 4}
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3}
 
     def __post_init__(self) -> None:
         super().__post_init__()

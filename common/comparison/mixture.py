@@ -22,7 +22,7 @@ from common.results.metrics import JointPredictions
 from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
-from common.training.evaluate import EVALUATION_BATCH, device_of
+from common.training.evaluate import EVALUATION_BATCH, device_of, evaluate
 from common.training.loop import Fit, fit
 from common.training.memory import in_batches, with_smaller_batches
 from common.training.objective import JointObjective
@@ -65,6 +65,11 @@ def fit_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskDat
     images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
     objective = JointObjective(torch.tensor([model.columns[data.task.key][0] for data in tasks]))
     fitted = fit(model, images, validation, config, "CGM", objective=objective, checkpoint=checkpoint, start_counts=True)
+    if config.epochs == 0:  # no epoch has told how the training images do
+        probabilities, loss = evaluate(model, images, config, objective)
+        right = objective.correct(torch.from_numpy(probabilities), objective.labels(images).cpu())
+        weights = objective.weights(images).cpu()
+        fitted.history["training_loss"], fitted.history["training_accuracy"] = loss, ((right * weights).sum() / weights.sum()).item()
     if config.refuse:
         lowest = [np.quantile(predict(model, data.validation, config)[0].familiarity, config.refuse) for data in tasks]
         model.refuse_below = float(np.mean(lowest))
