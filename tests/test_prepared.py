@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sources import FIRE, PROJECT, SCRIPT, write_folders
 from pipeline import files_in, hashes
-from test_data_preparation import FIRE, PROJECT, SCRIPT, write_folders
 
 import Data_Preparation
 from common import models

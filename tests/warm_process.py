@@ -1,5 +1,6 @@
 """Fixtures: scripts in processes of their own that use the local hub, forked from one that has the libraries imported."""
 
+import builtins
 import importlib
 import itertools
 import json
@@ -51,11 +52,12 @@ class WarmProcess:
         )
 
     def run(self, script: str | Path, *arguments: object, kill_after: float | None = None,
-            kill_at: tuple[str, int] | None = None, processes: int = 1) -> Outcome:
+            kill_at: tuple[object, ...] | None = None, processes: int = 1) -> Outcome:
         """Run a script of the project, or any other by its full path, in one process or in several that work together.
 
         It is ended by SIGKILL after `kill_after` seconds, or when it is about to call, for the given time, the function of
-        the given name, such as ("os.replace", 3); of several processes, the last one is.
+        the given name, such as ("os.replace", 3); of several processes, the last one is. With the name of an exception and
+        what it holds behind that, as in ("os.replace", 3, "OSError", 28, "no space left"), the call raises it instead.
         """
         streams = [self.folder / "output", self.folder / "errors"]
         for path in streams:
@@ -114,7 +116,7 @@ def _run_orders() -> None:
 
 
 def _run_script(
-    argv: list[str], streams: list[str], kill_at: tuple[str, int] | None, environment: dict[str, object]
+    argv: list[str], streams: list[str], kill_at: tuple[object, ...] | None, environment: dict[str, object]
 ) -> None:
     """Run a script with its stdout and stderr in files."""
     for number, path in enumerate(streams, start=1):
@@ -127,14 +129,16 @@ def _run_script(
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def _kill_at(name: str, call: int) -> None:
-    """Let this process kill itself when it is about to call the function for the `call`-th time."""
+def _kill_at(name: str, call: int, error: str = "", *held: object) -> None:
+    """Let this process kill itself, or raise an error, when it is about to call the function for the `call`-th time."""
     owner, _, attribute = name.rpartition(".")
     place = pkgutil.resolve_name(owner)
     function, calls = getattr(place, attribute), itertools.count(1)
 
     def counted(*arguments: object, **named: object) -> object:
         if next(calls) == call:
+            if error:
+                raise getattr(builtins, error)(*held)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **named)
 

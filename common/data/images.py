@@ -135,7 +135,7 @@ def to_rgb(image: PILImage.Image, levels: Levels | None = None) -> PILImage.Imag
     if image.mode.startswith(("I", "F")):
         low, high = levels
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        return PILImage.fromarray(((values - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return PILImage.fromarray(((values - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")

@@ -1,0 +1,216 @@
+"""Tests of sources on this machine: the same images from every layout, and a split of the source's own."""
+
+import re
+import shutil
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from functools import partial
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hub import FIRE_CLASSES, image_dataset, png
+from image_sources import (
+    FIRE,
+    PER_CLASS,
+    all_identities,
+    changed_file,
+    metadata_csv,
+    one_parquet,
+    opened,
+    parquet_folder,
+    parquet_without_metadata,
+    prepared,
+    run,
+    saved_dataset,
+    saved_dict,
+    wrapped_folders,
+    write_folders,
+    write_parquet,
+    zip_of,
+    zipped,
+    zipped_on_a_mac,
+)
+from PIL import Image as PILImage
+
+from common.data.prepare import local_source
+from common.data.sources import NO_LABEL
+from common.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where data are prepared; it is not there yet."""
+    return tmp_path / "root"
+
+
+# ---- layouts ----
+
+
+def test_every_layout_gives_the_same_data(tmp_path):
+    """Folders, zips, tables: the same images with the same labels in the same rows, each of the class its label names."""
+    plain = prepared(tmp_path / "plain", write_folders(tmp_path / "images"))
+    assert len(all_identities(tmp_path / "plain")) == 40 and plain["classes"] == FIRE_CLASSES[:4]
+    for make in (wrapped_folders, parquet_folder, one_parquet, parquet_without_metadata, zipped, zipped_on_a_mac,
+                 saved_dataset, saved_dict, metadata_csv):
+        made = prepared(tmp_path / "root" / make.__name__, make(tmp_path / make.__name__))
+        assert (made["fingerprint"], made["classes"]) == (plain["fingerprint"], plain["classes"]), make.__name__
+
+
+def test_names_of_every_kind(tmp_path):
+    """Spaces and other alphabets, in the source's path, the class names and the root; classes that are numbers by number."""
+    source = write_folders(tmp_path / "Luftbilder – 火災 2024", ["sehr hoch", "mäßig", "低い", "non brûlable"])
+    classes = prepared(tmp_path / "Größe & Wörter", source)["classes"]
+    assert sorted(classes) == sorted(path.name for path in source.iterdir())
+    assert opened(tmp_path / "Größe & Wörter")["train"].features["label"].names == classes
+
+    numbers = [0, 1, 2, 10, 11]
+    folders = write_folders(tmp_path / "numbers", [str(number) for number in numbers], 5)
+    table = Dataset.from_dict({"image": [png(0, 0)] * 50, "label": numbers * 10})
+    for source in (folders, write_parquet(tmp_path / "numbers.parquet", table)):
+        assert local_source(source, "").classes == ["0", "1", "2", "10", "11"]
+
+
+def test_rows_without_a_label_are_told_of(root, tmp_path, capsys):
+    """No value, NaN, -1 where names are known: none of these is a class."""
+    images = [png(label, index) for label in range(3) for index in range(7)]
+    table = Dataset.from_dict({"image": images, "label": [1.0] * 7 + [2.0] * 7 + [None, float("nan")] * 3 + [2.0]})
+    assert Counter(local_source(write_parquet(tmp_path / "a.parquet", table), "").labels) == {0: 7, 1: 8, NO_LABEL: 6}
+    named = image_dataset(FIRE_CLASSES[:3], 7)
+    kept_back = named.map(lambda row: {"label": -1 if row["label"] == 2 else row["label"]}, features=named.features)
+    run(root, "--task", f"a={write_parquet(tmp_path / 'b.parquet', kept_back)}", "--classes", "a=high,low")
+    assert "a: 7 images have no label and are left out" in capsys.readouterr().out
+
+
+def test_every_ending_that_pillow_opens_is_an_image_and_others_are_told_of(root, tmp_path, capsys):
+    """Endings that are no images are counted; hidden files, as macOS leaves them, are not."""
+    source = write_folders(tmp_path / "source", ["a", "b"], 7)
+    for number, ending in enumerate((".jfif", ".avif", ".JPG", ".webp", ".jp2", ".tga", ".ppm")):
+        path = source / "a" / f"{number:02d}.png"
+        PILImage.open(path).save(path.with_suffix(ending))
+        path.unlink()
+    for name in ("._00.png", "notes.txt", "Thumbs.db", "more.txt", "README"):
+        (source / "a" / name).write_bytes(b"no image")
+    assert sum(run(root, "--task", f"a={source}")["a"]["images"].values()) == 14
+    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 .db, 1 no ending" in capsys.readouterr().out
+
+
+def test_a_link_in_a_circle_ends(tmp_path):
+    """A class folder that leads back to the source."""
+    source = write_folders(tmp_path / "source", ["a", "b"], 5)
+    (source / "a" / "again").symlink_to(source)
+    assert len(local_source(source, FIRE.source_flag).labels) == 10
+
+
+# ---- zips ----
+
+
+def test_a_zip_is_read_in_place(tmp_path, root, capsys):
+    """Nothing is unpacked; a path that leads out of the zip leads nowhere, and is told of."""
+    path = zipped(tmp_path / "source")
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../outside.png", "../../high/outside.png", "/high/outside.png"):
+            archive.writestr(name, png(0, 0))
+    prepared(root, path, count="all")
+    assert len(all_identities(root)) == 4 * PER_CLASS
+    assert list(tmp_path.rglob("outside.png")) == [] and "passed over 3 entries" in capsys.readouterr().out
+
+
+def test_names_in_zips_as_people_have_them(tmp_path):
+    """UTF-8 without the flag for it, an extra field that has it, code page 437, backslashes, ./ in front, a name twice."""
+    folder = write_folders(tmp_path / "source", ["hoch", "mäßig"])
+    plain = zip_of(tmp_path / "plain.zip", folder)
+    paths = [plain, zip_of(tmp_path / "backslashes.zip", folder, lambda name: name.replace("/", "\\")),
+             zip_of(tmp_path / "dot.zip", folder, lambda name: f"./{name}")]
+    for encoding in ("utf-8", "cp437"):
+        raw = "mäßig".encode(encoding)
+        same_length = b"m" * len(raw)
+        path = zip_of(tmp_path / f"{encoding}.zip", folder, partial(re.sub, "mäßig", same_length.decode()))
+        paths.append(changed_file(path, same_length, raw))
+    paths.append(tmp_path / "unicode.zip")
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(paths[-1], "w") as other:
+        for entry in archive.infolist():
+            name = entry.filename.encode()
+            renamed = zipfile.ZipInfo(entry.filename.replace("mäßig", "m__ig"))
+            renamed.extra = struct.pack("<HHBI", 0x7075, len(name) + 5, 1, zlib.crc32(renamed.filename.encode())) + name
+            other.writestr(renamed, archive.read(entry))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            other.writestr("hoch/00.png", png(0, 1))
+    for path in paths:
+        source = local_source(path, "")
+        assert (source.classes, len(source.labels)) == (["hoch", "mäßig"], 2 * PER_CLASS), path.name
+    assert next(source.read([0])).read_bytes() == png(0, 1)  # the later one of two counts, as when it is unpacked
+
+
+# ---- a source's own split ----
+
+SPLIT_COUNTS = {"train": [6, 8], "val": [2, 1], "test": [3, 4]}
+
+
+def split_folders(folder, *splits):
+    """Class folders in split folders; every image is another one."""
+    start = 0
+    for name in splits:
+        for label, count in enumerate(SPLIT_COUNTS[name]):
+            (folder / name / f"class {label}").mkdir(parents=True)
+            for index in range(start, start + count):
+                (folder / name / f"class {label}" / f"{index}.png").write_bytes(png(label, index))
+        start += 20
+    return folder
+
+
+def split_tables(splits):
+    """The same as datasets by split."""
+    made = image_dataset(["class 0", "class 1"], 60)
+    places = {name: [60 * label + 20 * number + index for label in range(2) for index in range(SPLIT_COUNTS[name][label])]
+              for number, name in enumerate(splits)}
+    return DatasetDict({name: made.select(rows) for name, rows in places.items()})
+
+
+def test_a_split_of_the_source_s_own_is_kept(root, tmp_path):
+    """From folders, zips, Parquet files and saved datasets; what is missing is cut from train, by the seed and by class."""
+    for splits, kept, wanted in (
+        (("train", "val", "test"), ["train", "validation", "test"], {"train": 14, "validation": 3, "test": 7}),
+        (("train", "test"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
+        (("train", "val"), ["train", "validation"], {"train": 10, "validation": 3, "test": 4}),
+        (("train",), [], {"train": 9, "validation": 2, "test": 3}),
+    ):
+        top = tmp_path / "_".join(splits)
+        folders = split_folders(top / "folders", *splits)
+        tables = split_tables(splits)
+        tables.save_to_disk(top / "saved")
+        for name, table in tables.items():
+            write_parquet(top / "parquet" / f"{name}-00000-of-00001.parquet", table)
+            write_parquet(top / "parquet folders" / name / "0.parquet", table)
+        sources = {"f": folders, "z": zip_of(top / "a.zip", folders), "s": top / "saved", "p": top / "parquet",
+                   "q": top / "parquet folders"}
+        made = run(root / top.name, "--task", *[f"{key}={source}" for key, source in sources.items()])
+        for key, manifest in made.items():
+            assert (manifest["own_splits"], manifest["images"]) == (kept, wanted), (splits, key)
+            found = {name: set(identities_of(split)) for name, split in opened(root / top.name, key).items()}
+            for place, name in enumerate(splits):
+                own = {(label, 20 * place + index) for label in range(2) for index in range(SPLIT_COUNTS[name][label])}
+                inside = found["validation" if name == "val" else name]
+                assert inside <= own if name == "train" else inside == own or name not in ("val", "test")
+            assert len(set().union(*found.values())) == sum(wanted.values())
+            assert all({label for label, _ in images} == {0, 1} for images in found.values())
+
+
+def identities_of(split):
+    """Class and number of the images that `split_folders` made."""
+    return [((image.getpixel((0, 0))[0] - 10) // 20, image.getpixel((0, 0))[1]) for image in split["image"]]
+
+
+def test_the_split_flag_decides(root, tmp_path):
+    """--split random pools what a source has split; the documented tasks always do, unless --split own is given."""
+    source = split_folders(tmp_path / "source", "train", "val", "test")
+    anew = {"train": 15, "validation": 4, "test": 5}
+    assert run(root / "1", "--task", f"a={source}", "--split", "random")["a"]["images"] == anew
+    assert prepared(root / "2", source, count="all")["images"] == anew
+    assert prepared(root / "3", source, "--split", "own", count="all")["own_splits"] == ["train", "validation", "test"]
+    few = run(root / "4", "--task", f"a={source}", "--images_per_class", "6")["a"]
+    assert few["images"] == {"train": 6, "validation": 2, "test": 4}  # 3, 1, 2 of 6, 2, 3; as many of 8, 1, 4
+    shutil.rmtree(source / "test" / "class 1")
+    with pytest.raises(UserError, match="class 'class 1' has 0 images in test, fewer than 1; .*--split random"):
+        run(root / "5", "--task", f"a={source}")
