@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from datasets import load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub import HfFileSystem, cached_assets_path
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
 
 from common.data.images import Encoded
@@ -82,11 +82,11 @@ def _way_out(task: Task, fetch: "_Fetch | None" = None) -> Iterator[None]:
              f"give a local copy: --task {task.key}=FOLDER")
     try:
         yield
-    except DatasetNotFoundError as error:
+    except (DatasetNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(f"the Hub has no dataset {name} that you may read; {local}") from error
     except (OSError, ValueError, TypeError, RuntimeError, DatasetsError, HTTPError, pa.ArrowException) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-        if fetch and isinstance(error, pa.ArrowException):
+        if fetch:
             fetch.forget()
         raise UserError(f"{name} could not be fetched from the Hub ({reason}); check the network and run the same "
                         f"command again, which goes on from here, or {local}") from error
@@ -113,15 +113,17 @@ class _Fetch:
             length = int.from_bytes(file.range(end - 8, end)[:4], "little")
             try:
                 self.footers[path] = pq.read_metadata(pa.BufferReader(file.range(end - 8 - length, end)))
-            except pa.ArrowException:
+            except (OSError, ValueError, pa.ArrowException):
                 self.forget()
                 raise
         return pq.ParquetFile(file, metadata=self.footers[path], buffer_size=PIECE_BYTES, pre_buffer=False)
 
     def forget(self) -> None:
-        """Delete the pieces that were read from the file that this thread opened last."""
-        for piece in self.opened_here.file.used:
-            piece.unlink(missing_ok=True)
+        """Delete what of the file that this thread opened last was read, if all of it arrived and still it is of no use."""
+        file = getattr(self.opened_here, "file", None)
+        if file and not file.failed:
+            for piece in file.used:
+                piece.unlink(missing_ok=True)
 
     @contextmanager
     def progress(self, blocks: np.ndarray) -> Iterator[None]:
@@ -154,6 +156,7 @@ class _RemoteFile(io.RawIOBase):
         self.fetch, self.path, self.position = fetch, path, 0
         self.pieces = fetch.folder / fetch.files.resolve_path(path).path_in_repo
         self.used: list[Path] = []
+        self.failed = False  # a piece could not be had
 
     def readable(self) -> bool:
         """Yes."""
@@ -187,11 +190,13 @@ class _RemoteFile(io.RawIOBase):
         digest, content = known[:DIGEST_BYTES], known[DIGEST_BYTES:]
         here = len(content) == end - start and hashlib.sha256(content).digest() == digest
         if not here:
+            self.failed = True
             with self.fetch.files.open(self.path, "rb", cache_type="none") as remote:
                 remote.seek(start)
                 content = remote.read(end - start)
             if len(content) != end - start:
                 raise ConnectionError(f"the Hub sent {len(content)} bytes of {self.path} where {end - start} were asked for")
+            self.failed = False
             try:
                 with writing(piece) as part:
                     part.write_bytes(hashlib.sha256(content).digest() + content)

@@ -63,7 +63,8 @@ def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
                             "choose another --root")
         source = _opened(task, config)
         classes, rows, labels = choose(source, task, config)
-        _tell_of_blocks(source, rows, task)
+        if config.hub_choice == "clustered":
+            _tell_of_blocks(source, classes, rows, task)
         source.fetch(rows)
         with writing(folder) as part:
             part.mkdir()
@@ -125,11 +126,13 @@ def local_source(path: Path, where: str) -> Source:
     return local_parquet_source(parquet, path, where, "Parquet")
 
 
-def _tell_of_blocks(source: Source, rows: np.ndarray, task: Task) -> None:
-    used, there = len(np.unique(source.blocks[rows])), source.blocks.max(initial=0) + 1
+def _tell_of_blocks(source: Source, classes: list[str], rows: np.ndarray, task: Task) -> None:
+    """Say it if the images that lie in other blocks had no chance to be chosen."""
+    of_classes = np.isin(source.labels, [source.classes.index(name) for name in classes])
+    used, there = (len(np.unique(blocks)) for blocks in (source.blocks[rows], source.blocks[of_classes]))
     if used < there:
-        print(f"{task.name}: the images are from {used} of {there} row groups of the Hub's files, so neighbours come together; "
-              "--hub_choice uniform chooses among all images alike", flush=True)
+        print(f"{task.name}: the images are from {used} of the {there} row groups of the Hub's files that hold these classes, "
+              "so neighbours come together; --hub_choice uniform chooses among all images alike", flush=True)
 
 
 def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str], own: np.ndarray, split: str,
