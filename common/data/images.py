@@ -101,7 +101,7 @@ def open_image(encoded: Encoded) -> PILImage.Image:
 
 @contextmanager
 def _opened(encoded: Encoded) -> Iterator[tuple[bytes, PILImage.Image]]:
-    """The content of an image, and the image that Pillow opens from it. Raises DamagedImage, whatever goes wrong in the block."""
+    """The content of an image, and what Pillow opens of it. Raises DamagedImage, whatever goes wrong in the block."""
     try:
         content = encoded if isinstance(encoded, bytes | None) else encoded.read_bytes()
         if not content:

@@ -1,4 +1,4 @@
-"""Images: from their sources to a prepared dataset on disk, and from there to tensors in memory."""
+"""The pipeline from a source to the folder of prepared images of a task."""
 
 import tempfile
 import zipfile
