@@ -275,6 +275,17 @@ def test_curves_show_the_start_as_an_epoch_and_leave_out_what_is_not_there(tmp_p
     assert "training" not in start and {"validation", "0"} <= set(start)
 
 
+def test_a_model_that_was_not_trained_has_no_curves_of_one_that_was(tmp_path, workspace):
+    data, history = task_of("fire", ["high", "low"]), pd.DataFrame({"epoch": [1], "chosen": [1]})
+    for name in ("training_loss", "validation_loss", "training_accuracy", "validation_accuracy"):
+        history[name] = 0.5
+    with Results(workspace.config("Lora_Finetune", "--root", str(tmp_path)), "Lora_Finetune", "Lora_Finetune") as results:
+        results.write_history(history, "Lora_Fire", "LoRA")
+        assert len(list(results.folder.glob("Lora_Fire_*"))) == 3
+        results.write_test(data, np.full((40, 2), 0.5), "Lora_Fire", "LoRA")
+    assert [path.name for path in results.folder.glob("Lora_Fire_*")] == ["Lora_Fire_Confusion_Matrix.png"]
+
+
 def test_a_picture_that_cannot_be_drawn_loses_no_results(tmp_path, workspace, monkeypatch, capsys):
     """One line tells so; an older picture, which would be of other results, goes."""
     def fail(*_, **__):

@@ -36,6 +36,7 @@ from common.training.loop import Fit
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "Checkpoints"
+HISTORY = ("History.csv", "Losses.png", "Accuracies.png")  # how the files that tell of a training end
 # Settings that say where and how to run: results made with other values of these are the same results.
 NOT_COMPARED = {
     "root", "overwrite", "device", "compare", "seeds", "checkpoint_every_steps", "gradient_checkpointing", "largest_batch",
@@ -178,6 +179,8 @@ class Results:
         table = predictions_table(probabilities, data.test.labels.numpy(), data.classes)
         write_csv(self.folder / f"{name}.csv", table)
         row = self.row(data, table, fitted, trainable)
+        for ending in HISTORY if fitted is None else ():  # of a model that was trained, which this one replaces
+            remove(self.folder / f"{name}_{ending}")
         self._draw_confusion(name, f"{title}, {plotting.shown(data.task.name)}", *confusion(table, data.classes), data.classes,
                              row["accuracy"])
         return row
@@ -215,9 +218,10 @@ class Results:
     @distributed.on_main
     def write_history(self, history: pd.DataFrame, name: str, title: str) -> None:
         """Write the epochs of a training as a table, a loss graph and an accuracy graph."""
-        write_csv(self.folder / f"{name}_History.csv", history)
-        plotting.curves(self.folder / f"{name}_Losses.png", history, "loss", self.title(title))
-        plotting.curves(self.folder / f"{name}_Accuracies.png", history, "accuracy", self.title(title))
+        table, losses, accuracies = (self.folder / f"{name}_{ending}" for ending in HISTORY)
+        write_csv(table, history)
+        plotting.curves(losses, history, "loss", self.title(title))
+        plotting.curves(accuracies, history, "accuracy", self.title(title))
 
     @distributed.on_main
     def write_routing(self, tasks: list[TaskData], routes: Sequence[pd.DataFrame], name: str, title: str) -> None:
