@@ -289,8 +289,8 @@ BAD_FLAGS = {
     "Data_Preparation": "--images_per_class x 4 -5 1.5 all",
     "Generate_Base_Model":
         "--epochs 0 x --batch_size 0 2.5 --accumulation_steps 0 --learning_rate -0.001 nan --weight_decay -1 "
-        "--warmup_epochs -1 inf --seed -1 99999999999999999999 --precision fp8 --device abacus meta --model /no/such/folder {tests} "
-        "--checkpoint_every_steps -1 --augment perhaps",
+        "--warmup_epochs -1 inf --seed -1 99999999999999999999 --precision fp8 --device abacus meta "
+        "--model /no/such/folder {tests} --checkpoint_every_steps -1 --augment perhaps",
     "Benchmark": "--device abacus hpu --model /no/such/folder",
     "Finetune": "--layer_decay 0 2 nan --epochs 0",
     "Lora_Finetune": "--lora_rank 0 1.5 --lora_alpha 0",
