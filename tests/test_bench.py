@@ -142,6 +142,14 @@ def test_a_profiled_script_runs_as_from_a_terminal(tmp_path, monkeypatch):
     assert threading.active_count() == 1 or all(thread.name != "look" for thread in threading.enumerate())
 
 
+def test_large_data_are_measured_in_processes_of_their_own(tmp_path):
+    main(["--quick", "--output", str(tmp_path), "duplicates", "stored"])
+    row = pd.read_csv(tmp_path / "duplicates.csv").iloc[0]
+    assert (row["hashes"], row["groups"]) == (500, 375) and row["seconds"] > 0
+    row = pd.read_csv(tmp_path / "stored.csv").iloc[0]
+    assert row["gb"] == pytest.approx(200 * 3 * 64 * 64 / 1e9) and 0 < row["low"] <= row["speed_of_memory"] <= row["high"]
+
+
 def test_images_are_prepared_in_a_process_whose_memory_is_told(tmp_path):
     main(["--quick", "--output", str(tmp_path), "preparation"])
     row = pd.read_csv(tmp_path / "preparation.csv").iloc[0]

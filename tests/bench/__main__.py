@@ -15,7 +15,7 @@ from common.cli.parser import parse
 from common.errors import UserError
 from common.files import write_csv
 from common.training.evaluate import device_of
-from tests.bench import growth, heads, lora, mixture, parts, preparation, routing, routing_mixture, scripts
+from tests.bench import data, growth, heads, lora, mixture, parts, preparation, routing, routing_mixture, scripts
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
@@ -26,8 +26,8 @@ BENCHMARKS = {
     "evaluation_batch": parts.evaluation_batch,
 }
 # Each a table of one run, with no ratios.
-WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "routing_experts": routing.experts,
-         "routing": routing_mixture.routing}
+WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "duplicates": data.run_duplicates,
+         "stored": data.run_stored, "routing_experts": routing.experts, "routing": routing_mixture.routing}
 
 
 def machine(device: torch.device) -> str:
