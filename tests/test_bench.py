@@ -147,7 +147,7 @@ def test_large_data_are_measured_in_processes_of_their_own(tmp_path):
     row = pd.read_csv(tmp_path / "duplicates.csv").iloc[0]
     assert (row["hashes"], row["groups"]) == (500, 375) and row["seconds"] > 0
     row = pd.read_csv(tmp_path / "stored.csv").iloc[0]
-    assert row["gb"] == pytest.approx(200 * 3 * 64 * 64 / 1e9) and 0 < row["low"] <= row["speed_of_memory"] <= row["high"]
+    assert row["gb"] == pytest.approx(200 * 3 * 64 * 64 / 1e9, rel=1e-2) and 0 < row["low"] <= row["speed_of_memory"] <= row["high"]
 
 
 def test_images_are_prepared_in_a_process_whose_memory_is_told(tmp_path):
