@@ -64,7 +64,7 @@ def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[s
         empty = torch.nonzero(statistics.counts == 0).flatten().tolist()
     if empty:
         raise MixtureError(f"expert '{name}' has no images of {len(empty)} of its {classes} classes; the gates need some of each")
-    return found
+    return {layer: statistics.rounded() for layer, statistics in found.items()}
 
 
 def calibrate(model: nn.Module, images: Mapping[str, Batches], rounds: int = 2) -> float:

@@ -52,7 +52,7 @@ class Saving:
         tensors = {f"{name}.{key}": tensor.contiguous() for name, module in parts.items()
                    for key, tensor in module.state_dict().items() if not key.startswith(("base.", f"{building.GATE}."))}
         sums = {f"{expert}/{layer}/{key}": tensor.contiguous() for expert, by_layer in self.statistics.items()
-                for layer, statistics in by_layer.items() for key, tensor in statistics.tensors().items()}
+                for layer, statistics in by_layer.items() for key, tensor in vars(statistics).items()}
         files = {WEIGHTS_FILE: tensors, **({STATISTICS_FILE: sums} if sums else {})}
         for name, content in files.items():
             save_file(content, folder / f"{name}.part")
@@ -214,4 +214,4 @@ def _cut_statistics(sums: dict[str, Tensor]) -> dict[str, dict[str, Statistics]]
         rest, _, part = key.rpartition("/")
         expert, _, layer = rest.rpartition("/")
         found.setdefault(expert, {}).setdefault(layer, {})[part] = tensor
-    return {expert: {layer: Statistics.from_tensors(parts) for layer, parts in by_layer.items()} for expert, by_layer in found.items()}
+    return {expert: {layer: Statistics(**parts) for layer, parts in by_layer.items()} for expert, by_layer in found.items()}

@@ -13,8 +13,8 @@ TOO_FLAT = 1e-6  # a feature whose deviation is below this share of the largest 
 class Statistics:
     """Sums over one expert's images, of the features that a gate sees in the plain base model.
 
-    counts: (C,) images of each class. means: (C, K) mean features of each class. scatter: (K, K) sum of the products of
-    features, each less its class's mean. All in float64 on the CPU.
+    counts: (C,) images of each class. means: (C, K) mean features of each class. scatter: (K * (K + 1) / 2,) sum of the products
+    of features, each less its class's mean; the matrix is symmetric, so this is its upper half. All on the CPU.
     """
 
     counts: Tensor
@@ -29,7 +29,7 @@ class Statistics:
         sums = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
         means = sums / counts.clamp_min(1)[:, None]
         centred = features - means[labels]
-        return cls(counts, means, centred.T @ centred)
+        return cls(counts, means, upper_half(centred.T @ centred))
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Of both sets of images together (Chan et al. 1983, pairwise update)."""
@@ -37,22 +37,25 @@ class Statistics:
         shift = other.means - self.means
         share = (other.counts / counts.clamp_min(1))[:, None]
         between = (shift * (self.counts[:, None] * share)).T @ shift
-        return Statistics(counts, self.means + share * shift, self.scatter + other.scatter + between)
+        return Statistics(counts, self.means + share * shift, self.scatter + other.scatter + upper_half(between))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """For a file: float32, of the symmetric scatter one half."""
-        rows, columns = torch.triu_indices(*self.scatter.shape)
-        return {"counts": self.counts.float(), "means": self.means.float(), "scatter": self.scatter[rows, columns].float()}
+    def rounded(self) -> "Statistics":
+        """The same in float32, as they are kept and saved once all images have been seen."""
+        return Statistics(*(tensor.float() for tensor in vars(self).values()))
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Statistics":
-        """What `tensors` gave."""
-        means = tensors["means"].double()
-        size = means.shape[1]
-        rows, columns = torch.triu_indices(size, size)
-        scatter = torch.zeros(size, size, dtype=torch.float64)
-        scatter[rows, columns] = scatter[columns, rows] = tensors["scatter"].double()
-        return cls(tensors["counts"].double(), means, scatter)
+
+def upper_half(matrix: Tensor) -> Tensor:
+    """The upper half (K * (K + 1) / 2,) of a symmetric matrix (K, K), row by row."""
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
+
+
+def symmetric(half: Tensor, size: int) -> Tensor:
+    """The symmetric matrix (K, K) with this upper half."""
+    rows, columns = torch.triu_indices(size, size)
+    matrix = half.new_zeros(size, size)
+    matrix[rows, columns] = matrix[columns, rows] = half
+    return matrix
 
 
 @dataclass
@@ -75,8 +78,9 @@ def discriminant(experts: list[Statistics], shrinkage: float = SHRINKAGE) -> Dis
 
     The correlations are shrunk (Friedman 1989, regularised discriminant analysis, with the diagonal as target).
     """
-    means = torch.cat([expert.means for expert in experts])  # (C, K)
-    covariance = sum(expert.scatter / expert.counts.sum().clamp_min(1) for expert in experts) / len(experts)
+    means = torch.cat([expert.means for expert in experts]).double()  # (C, K)
+    half = sum(expert.scatter.double() / expert.counts.sum().clamp_min(1) for expert in experts) / len(experts)
+    covariance = symmetric(half, means.shape[1])
     deviation = covariance.diagonal().sqrt()
     flat = deviation <= TOO_FLAT * deviation.max()
     scale = torch.where(flat, torch.inf, deviation)
@@ -87,7 +91,7 @@ def discriminant(experts: list[Statistics], shrinkage: float = SHRINKAGE) -> Dis
     whitened = torch.linalg.solve_triangular(root, (means / scale).T, upper=False).T  # (C, K)
     weight = torch.linalg.solve_triangular(root.T, whitened.T, upper=True).T / scale
     # The mean of n images is off by a covariance / n, which makes it seem further away: rare classes would lose.
-    counts = torch.cat([expert.counts for expert in experts]).clamp_min(1)
+    counts = torch.cat([expert.counts for expert in experts]).double().clamp_min(1)
     bias = (torch.cholesky_solve(correlation, root).trace() / counts - whitened.square().sum(1)) / 2
     # Where the classes differ: the space of their means, each expert's centre weighing alike.
     centre = torch.stack([part.mean(0) for part in whitened.split([len(expert.means) for expert in experts])]).mean(0)
