@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import UserError
-from common.files import write_csv
 from common.results import plotting
 from common.results.folder import Results
 from common.results.memory import PeakMemory
@@ -218,6 +217,8 @@ def test_the_files_of_a_mixture_agree_with_each_other(tmp_path, workspace, capsy
         assert len(table) == len(data.test.labels)
         again = {**scores(table, data.task.key), **told_scores(table, data.task.key, data.classes)}
         assert {name: row[name] for name in again} == pytest.approx(again, abs=1e-12)
+        written = table.filter(regex="^Probability ").to_numpy()
+        assert np.allclose(written, said[tasks.index(data)].probabilities, rtol=1e-5, atol=0)  # small ones too
         counts, _ = confusion(table, data.classes, data.task.key)
         assert np.trace(counts) / counts.sum() == pytest.approx(row["accuracy"])
     for name in ("CGM_Lora_Odd", "CGM_Lora_Two", "CGM_Lora_Three", "CGM_Lora"):
@@ -351,6 +352,11 @@ def test_a_task_that_is_added_is_made_alone(workspace, tasks, tmp_path, capsys):
     workspace.copy(tmp_path, "fire_dataset", "game_dataset")
     assert run(tasks[:1]) == ["fire"] and run(tasks[:1]) == []
     first, written = (tmp_path / "Results/Benchmark/fire.csv"), (tmp_path / "Results/Benchmark/fire.csv").stat().st_mtime_ns
+    summary = (tmp_path / "Results/summary.csv").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="no rows of Benchmark for every task; add --overwrite"):
+        run(tasks)
+    assert not first.with_name("game.csv").exists()  # it is told before the work
+    summary.rename(tmp_path / "Results/summary.csv")
     capsys.readouterr()
     assert run(tasks) == ["game"] and "fire is finished already and stays" in capsys.readouterr().out
     assert run(tasks) == [] and first.stat().st_mtime_ns == written
@@ -359,6 +365,7 @@ def test_a_task_that_is_added_is_made_alone(workspace, tasks, tmp_path, capsys):
     with pytest.raises(UserError, match="seed = 3407, not 1"):
         run(tasks, "--seed", "1")
     assert run(tasks, "--overwrite") == ["fire", "game"]
+    assert run(tasks[:1], "--overwrite") == ["fire"] and run(tasks[1:]) == ["game"] and run(tasks) == []
 
 
 def test_one_model_of_all_tasks_is_made_anew_for_a_task_that_is_added(workspace, tasks, tmp_path):
@@ -374,12 +381,3 @@ def test_one_model_of_all_tasks_is_made_anew_for_a_task_that_is_added(workspace,
     assert [finished(these) for these in (tasks[:1], tasks[:1], tasks, tasks)] == [False, True, False, True]
     with pytest.raises(UserError, match="data.game = .*, not None"):
         finished(tasks[:1])
-
-
-def test_a_row_that_is_missing_in_the_summary_is_told_before_the_work(workspace, mutable, tasks):
-    path = mutable.results / "summary.csv"
-    table = read_summary(path)
-    write_csv(path, table[(table["method"] != "Finetune") | (table["task"] != "Game")])
-    with (Results(mutable.config("Finetune"), "Finetune", "Finetune") as results,
-          pytest.raises(UserError, match="no rows of Finetune for every task; add --overwrite")):
-        results.missing(tasks)

@@ -282,7 +282,7 @@ class Results:
     def _rows(self, titles: set[str]) -> pd.DataFrame:
         """This script's rows of the summary, of these tasks. Raises UserError if one is missing."""
         path = self.top / SUMMARY_FILE
-        table = read_summary(path)
+        table = read_summary(path) if path.exists() else pd.DataFrame(columns=["method", "task"])
         rows = table[(table["method"] == self.name) & table["task"].isin(titles)]
         if set(rows["task"]) != titles:
             raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
