@@ -65,10 +65,17 @@ def test_an_expert_is_a_peft_adapter_of_its_accuracy_and_kept_while_it_fits_its_
     assert (first.adapter / FACTS).stat().st_mtime_ns != written[FACTS]
 
 
-def test_the_benchmark_writes_a_row_for_each_task_and_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.bench.routing.RECIPES", {name: RECIPES[name] for name in ("counts", "weaves")})
-    main(["--quick", "--device", "cpu", "--output", str(tmp_path), "routing", "--seeds", "1", "2"])
-    table = pd.read_csv(tmp_path / "routing.csv")
-    assert list(zip(table["seed"], table["task"], strict=True)) == [(s, n) for s in (1, 2) for n in ("counts", "weaves")]
+def test_the_benchmarks_write_a_row_for_each_expert_and_for_each_mixture(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.bench.routing.RECIPES", {name: RECIPES[name] for name in ("counts", "weaves", "grounds")})
+    main(["--quick", "--device", "cpu", "--output", str(tmp_path), "routing_experts", "routing", "--seeds", "1", "2"])
+    table = pd.read_csv(tmp_path / "routing_experts.csv")
+    assert list(zip(table["seed"], table["task"], strict=True)) == [
+        (seed, name) for seed in (1, 2) for name in ("counts", "weaves", "grounds")]
     assert table["expert"].between(0, 1).all() and (table["images"] == 5 * table["classes"]).all()
     assert (tmp_path / "routing_experts" / "2" / "weaves" / "adapter_model.safetensors").exists()
+    table = pd.read_csv(tmp_path / "routing.csv", keep_default_na=False)
+    assert list(table["experts"]) == 2 * [2, 3, 2] and list(table["left_out"]) == 2 * ["", "", "counts"]
+    assert list(table["classes"]) == 2 * [5, 10, 8]
+    assert (table["joint_1"] <= table["joint_3"]).all() and (table["joint_1"] <= table["told"]).all()
+    assert (table["joint_1"] <= table["right_task"]).all()
+    assert all(0 <= float(value) <= 1 for value in table["auroc"] if value) and (table["auroc"] != "").sum() == 2
