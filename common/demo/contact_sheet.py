@@ -1,15 +1,17 @@
-"""Draw the README's contact sheets of the generated images: `python -m common.demo.contact_sheet FOLDER`."""
+"""Draw the README's pictures of the generated images: `python -m common.demo.contact_sheet FOLDER`."""
 
 import argparse
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from common.data.generated import generator
 from common.tasks import DOCUMENTED, Task
 
 COLUMNS = 8
+UNSEEN = 1  # the seed of images that no demo has been trained on
 
 
 def contact_sheet(task: Task, path: Path, seed: int = 0) -> None:
@@ -28,13 +30,14 @@ def contact_sheet(task: Task, path: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
-    """Write one sheet per task."""
+    """Write one sheet per task, and one image of its own to ask a mixture about."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder to write <task>.jpg into")
+    parser.add_argument("folder", type=Path, help="folder to write <task>.jpg and one_<task>.png into")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for task in DOCUMENTED:
         contact_sheet(task, folder / f"{task.key}.jpg")
+        Image.fromarray(generator(task).render(0, np.random.default_rng(UNSEEN))).save(folder / f"one_{task.key}.png")
 
 
 if __name__ == "__main__":
