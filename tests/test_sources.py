@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from functools import partial
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from hub import FIRE_CLASSES, image_dataset, png
@@ -70,16 +71,18 @@ def test_names_of_every_kind(tmp_path):
     table = Dataset.from_dict({"image": [png(0, 0)] * 50, "label": numbers * 10})
     for source in (folders, write_parquet(tmp_path / "numbers.parquet", table)):
         assert local_source(source, "").classes == ["0", "1", "2", "10", "11"]
+    assert run(tmp_path / "root", "--task", f"n={folders}")["n"]["classes"] == ["0", "1", "2", "10", "11"]
 
 
 def test_rows_without_a_label_are_told_of(root, tmp_path, capsys):
-    """No value, NaN, -1 where names are known: none of these is a class."""
+    """No value, NaN, -1 or any other number that has no name where names are known: none of these is a class."""
     images = [png(label, index) for label in range(3) for index in range(7)]
     table = Dataset.from_dict({"image": images, "label": [1.0] * 7 + [2.0] * 7 + [None, float("nan")] * 3 + [2.0]})
     assert Counter(local_source(write_parquet(tmp_path / "a.parquet", table), "").labels) == {0: 7, 1: 8, NO_LABEL: 6}
-    named = image_dataset(FIRE_CLASSES[:3], 7)
-    kept_back = named.map(lambda row: {"label": -1 if row["label"] == 2 else row["label"]}, features=named.features)
-    run(root, "--task", f"a={write_parquet(tmp_path / 'b.parquet', kept_back)}", "--classes", "a=high,low")
+    named = image_dataset(FIRE_CLASSES[:3], 7).data.table
+    numbers = [0] * 7 + [1] * 7 + [-1, 3, 4, -1, -1, 9, 9]
+    pq.write_table(named.set_column(1, named.schema.field("label"), [numbers]), tmp_path / "b.parquet")
+    run(root, "--task", f"a={tmp_path / 'b.parquet'}", "--classes", "a=high,low")
     assert "a: 7 images have no label and are left out" in capsys.readouterr().out
 
 
