@@ -29,6 +29,8 @@ from common.training.objective import JointObjective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 from ContextGatedMOE.saving import CONFIG_FILE, read_config
 
+LONGEST_FOLDER = 200  # bytes, of 255 that a name may have: files are written aside under longer ones
+
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
     """The mixture of every task's LoRA expert on their common backbone, its gates not fitted yet."""
@@ -162,8 +164,9 @@ def start_folder(config: MixtureConfig) -> Path:
 
 
 def mixture_name(experts: list[str]) -> str:
-    """What the folder of a mixture of these experts is called."""
-    return f"{'_'.join(experts)}_cgm_lora"
+    """What the folder of a mixture of these experts is called: by all their names, or where these are too long, by their number."""
+    name = f"{'_'.join(experts)}_cgm_lora"
+    return name if len(name.encode()) <= LONGEST_FOLDER else f"{len(experts)}_tasks_cgm_lora"
 
 
 @torch.no_grad()
