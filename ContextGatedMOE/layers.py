@@ -62,7 +62,7 @@ class MixtureLinear(nn.Module):
         # 3072, rank 16, batch 16, one core), time of all experts over time of k of them: with 197 tokens k = 1 of 2: 1.03
         # to 1.33, 1 of 4: 1.6 to 2.0, 1 of 8: 2.8 to 3.3, 1 of 16: 4.9 to 7.4, 4 of 8: 1.3 to 1.5; with 16 tokens 1 of 2:
         # 0.7 to 0.9, 1 of 8: 1.7 to 2.2; with 1 token always below 1.
-        top_k = self.router.top_k
-        if top_k is None or self.training or self.router.settings.fixed is not None:
+        top_k, settings = self.router.top_k, self.router.settings
+        if top_k is None or self.training or settings.fixed is not None or settings.body is not None:
             return False
         return 3 * top_k * self.rows.shape[1] * (tokens + 48) <= 2 * len(self.lora_A) * tokens

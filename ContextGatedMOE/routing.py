@@ -19,12 +19,14 @@ class Settings:
     """What a caller asks of the passes in its `with` block.
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
+    body: (E,) weights inside the units while the gates' evidence goes on to the head, or None.
     record: filled with {layer name: (B, E)} unless None. features: filled with {layer name: (B, K)}, what the gates see, unless
     None. scores: filled with {layer name: (B, C)}, what the gates say of the classes, and the head's parts, unless None.
     """
 
     fixed: Tensor | None = None
     plain: bool = False
+    body: Tensor | None = None
     record: dict[str, Tensor] | None = None
     features: dict[str, Tensor] | None = None
     scores: dict[str, Any] | None = None
@@ -174,7 +176,7 @@ class Router:
         current.evidence[unit.chain] = evidence
         if settings.record is not None:
             settings.record[unit.name] = evidence.weights
-        return evidence.weights
+        return evidence.weights if settings.body is None else settings.body.to(x.device).expand(batch, -1)
 
     def _mask(self, current: Pass, name: str, tokens: int) -> Tensor | None:
         """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.
