@@ -14,6 +14,7 @@ def main(config: MixtureConfig) -> None:
     """Fit the gates, evaluate on the test images of each task, and write the one model."""
     from common import models  # here, so that --help is there at once
     from common.comparison import mixture
+    from common.comparison.compare import compare, forget
     from common.data.tensors import load_task
     from common.results.folder import Results
     from common.tasks import read_tasks
@@ -33,10 +34,9 @@ def main(config: MixtureConfig) -> None:
             results.write_history(fitted.history, "CGM_Lora", "Context-gated mixture, all tasks")
             results.write_routing(tasks, routes, "CGM_Lora_Routing", "Routing of the mixture")
             models.save(folder, model, processor, results.made_from)
+            forget(results)
             results.finish(rows)
         if config.compare:
-            from common.comparison.compare import compare
-
             compare(config, tasks, mixture.load(folder, config, tasks), results)
 
 

@@ -64,18 +64,26 @@ def fit_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskDat
     else:
         fit_start(model, config, tasks)
     seconds = time.perf_counter() - started
-    images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
-    objective = JointObjective(torch.tensor([model.columns[data.task.key][0] for data in tasks]))
-    fitted = fit(model, images, validation, config, "CGM", objective=objective, checkpoint=checkpoint, start_counts=True)
-    if config.epochs == 0:  # no epoch has told how the training images do
-        probabilities, loss = evaluate(model, images, config, objective)
-        right = objective.correct(torch.from_numpy(probabilities), objective.labels(images).cpu())
-        weights = objective.weights(images).cpu()
-        fitted.history["training_loss"], fitted.history["training_accuracy"] = loss, ((right * weights).sum() / weights.sum()).item()
+    fitted = train_gates(model, config, tasks, "CGM", checkpoint)
     if config.refuse:
         lowest = [np.quantile(predict(model, data.validation, config)[0].familiarity, config.refuse) for data in tasks]
         model.refuse_below = float(np.mean(lowest))
     return dataclasses.replace(fitted, seconds=fitted.seconds + seconds)
+
+
+def train_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], name: str,
+                checkpoint: Checkpoint | None = None) -> Fit:
+    """Train the gates from where they are, on the joint answer, tasks weighing alike; the start is epoch 0."""
+    images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
+    objective = JointObjective(torch.tensor([model.columns[data.task.key][0] for data in tasks]))
+    fitted = fit(model, images, validation, config, name, objective=objective, checkpoint=checkpoint, start_counts=True)
+    if config.epochs == 0:  # no epoch has told how the training images do
+        probabilities, loss = evaluate(model, images, config, objective)
+        right = objective.correct(torch.from_numpy(probabilities), objective.labels(images).cpu())
+        weights = objective.weights(images).cpu()
+        accuracy = ((right * weights).sum() / weights.sum()).item()
+        fitted.history["training_loss"], fitted.history["training_accuracy"] = loss, accuracy
+    return fitted
 
 
 def fit_start(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData]) -> None:

@@ -1,105 +1,111 @@
-"""Predictions of many methods on one test set, scored side by side."""
+"""Answers of many methods to the same test images, scored side by side."""
 
-import time
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.stats import binomtest
-from torch import nn
+from scipy.stats import binomtest, norm
 
-from common.cli.flags import MixtureConfig
-from common.data.tensors import ImageSet, TaskData, together
-from common.results.metrics import predictions_table, scores
-from common.training.evaluate import EVALUATION_BATCH, evaluate
+from common.comparison.answers import Answers
+from common.data.tensors import TaskData
 
-MIXTURE, ORACLE, JOINT = "mixture", "oracle (told the task)", "joint LoRA of the total rank"
+MIXTURE, ORACLE = "mixture", "oracle (told the task)"
+EVERY_TASK = "All"
 
 
-MIXTURE, ORACLE, JOINT = "mixture", "oracle (told the task)", "joint LoRA of the total rank"
+@dataclass
+class Method:
+    """What is known of a method. runs: its scores (N, C) for the test images, one array for each seed.
 
+    seconds: of one image; trainable: numbers it trains besides the experts; total: all that it needs to answer.
+    """
 
-MIXTURE, ORACLE, JOINT = "mixture", "oracle (told the task)", "joint LoRA of the total rank"
-
-
-EARLIER = "earlier formulation"
-
-
-def mixed_test(tasks: list[TaskData], seed: int) -> ImageSet:
-    """The test images of all tasks in one seeded random order."""
-    data = together([task.test for task in tasks])
-    return data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
+    group: str
+    seconds: float
+    trainable: int
+    total: int
+    runs: list[np.ndarray] = field(default_factory=list)
 
 
 class Comparison:
-    """Collects predictions of many methods on one test set and scores them side by side."""
+    """Collects what methods say of the same test images. An answer is one of all tasks' classes, the largest score."""
 
-    def __init__(self, tasks: list[TaskData], config: MixtureConfig):
-        self.tasks, self.config = tasks, config
-        self.data = mixed_test(tasks, config.seed)
-        self.predictions: dict[str, list[np.ndarray]] = {}  # method -> probabilities (N, C), one for each seed
-        self.facts: dict[str, dict[str, float]] = {}
+    def __init__(self, tasks: list[TaskData], answers: Answers):
+        self.titles = [data.task.title for data in tasks]
+        self.answers = answers
+        self.methods: dict[str, Method] = {}
 
-    def add(self, method: str, model: nn.Module, trainable: int = 0, pure: bool = False) -> None:
-        """Predict with `model`, in mixed batches or, if `pure`, in batches that each hold images of one task only."""
-        parts = [torch.from_numpy(rows) for rows in self._rows()] if pure else [torch.arange(len(self.data))]
-        probabilities, taken = [], []
-        for rows in parts:
-            stamps = [time.perf_counter()]
-            part = self.data.take(rows)
-            probabilities.append(evaluate(model, part, self.config, lambda: stamps.append(time.perf_counter()))[0])
-            sizes = np.diff([*range(0, len(rows), EVALUATION_BATCH), len(rows)])
-            taken += list(np.diff(stamps) / sizes)
-        order = np.argsort(torch.cat(parts).numpy())
-        self.put(method, np.concatenate(probabilities)[order], trainable, 1 / np.median(taken[1:] or taken))
-
-    def put(self, method: str, probabilities: np.ndarray, trainable: int = 0, speed: float = float("nan")) -> None:
-        """Take over the probabilities (N, C) of a method, one more seed of it if there are some already."""
-        self.predictions.setdefault(method, []).append(probabilities)
-        self.facts.setdefault(method, {"trainable_parameters": trainable, "images_per_second": speed})
-
-    def add_oracle(self, single: list[str]) -> None:
-        """Every image by its own task's expert. single: for each task, the method that is its expert alone."""
-        own = np.stack([self.predictions[method][0] for method in single])  # (tasks, N, C)
-        speed = float(np.mean([self.facts[method]["images_per_second"] for method in single]))
-        self.put(ORACLE, own[self.data.tasks.numpy(), np.arange(len(self.data))], speed=speed)
+    def put(self, name: str, group: str, scores: np.ndarray, seconds: float, trainable: int, total: int) -> None:
+        """Take over the scores (N, C) of a method, one more seed of it if there are some already."""
+        method = self.methods.setdefault(name, Method(group, seconds, trainable, total))
+        method.runs.append(scores)
+        if len(method.runs) == 1:
+            print(f"{name}: {self._mean(self.answers.right(scores)):.1%}", flush=True)
 
     def table(self) -> pd.DataFrame:
-        """One row per method and task, and one for all tasks together.
+        """One row for each method and task, and one, "All", for all tasks together, which weigh alike there.
 
-        Accuracy, interval, F1 and the exact McNemar test against the mixture are those of the first seed; mean and
-        spread (standard deviation) are over seeds. The row "All" counts every image once: with test splits of one size
-        its accuracy is the mean of the tasks' accuracies; its F1 is that mean always. Images per second are those of the
-        median batch but the first, in batches of one size for all methods. Trainable parameters are those trained besides
-        the experts.
+        accuracy: share of images whose task and class are right, with its 95 % interval (Wilson 1927); accuracy_told_task:
+        if the task were told; right_task: share of images whose answer is a class of the right task. mcnemar_p: exact
+        two-sided McNemar test against the mixture, of "All" over all images; mcnemar_p_holm: corrected for the number of
+        methods (Holm 1979). All of these are of the first seed. accuracy_mean and accuracy_spread (standard deviation) are
+        over seeds. images_per_second is that of the median batch but the first.
         """
         rows = []
-        for method, runs in self.predictions.items():
-            tables = [predictions_table(runs[0][rows_of], self.data.labels[rows_of].numpy(), data.classes)
-                      for rows_of, data in zip(self._rows(), self.tasks, strict=True)]
-            by_task = [scores(table) for table in tables]
-            correct = int(self._correct(runs[0]).sum())
-            interval = binomtest(correct, len(self.data)).proportion_ci(0.95, method="wilson")
-            overall = {"accuracy": correct / len(self.data), "accuracy_low": interval.low, "accuracy_high": interval.high,
-                       "macro_f1": float(np.mean([row["macro_f1"] for row in by_task]))}
-            names, everywhere = [data.task.title for data in self.tasks], np.arange(len(self.data))
-            for name, rows_of, row in zip([*names, "All"], [*self._rows(), everywhere], [*by_task, overall], strict=True):
-                by_seed = np.array([self._correct(run)[rows_of].mean() for run in runs])
+        for name, method in self.methods.items():
+            first = method.runs[0]
+            told, task = self.answers.right_told(first), self.answers.right_task(first)
+            for title, images in zip([*self.titles, EVERY_TASK], self._images(), strict=True):
+                accuracy, *interval = self._interval(self.answers.right(first), images)
+                by_seed = [self._mean(self.answers.right(run), images) for run in method.runs]
                 rows.append({
-                    "method": method, "task": name, **row, "seeds": len(runs), "accuracy_mean": by_seed.mean(),
-                    "accuracy_spread": by_seed.std(ddof=1) if len(runs) > 1 else 0.0,
-                    "mcnemar_p": self._mcnemar(runs[0], rows_of), **self.facts[method],
+                    "group": method.group, "method": name, "task": title, "accuracy": accuracy,
+                    "accuracy_low": interval[0], "accuracy_high": interval[1],
+                    "accuracy_told_task": self._mean(told, images), "right_task": self._mean(task, images),
+                    "seeds": len(by_seed), "accuracy_mean": float(np.mean(by_seed)),
+                    "accuracy_spread": float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else math.nan,
+                    "mcnemar_p": math.nan if name == MIXTURE else self._mcnemar(first, images),
+                    "trainable_parameters": method.trainable, "total_parameters": method.total,
+                    "images_per_second": 1 / method.seconds,
                 })
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        corrected = table.groupby("task")["mcnemar_p"].transform(holm)
+        table.insert(table.columns.get_loc("mcnemar_p") + 1, "mcnemar_p_holm", corrected)
+        return table
 
-    def _rows(self) -> list[np.ndarray]:
-        return [np.flatnonzero(self.data.tasks.numpy() == task) for task in range(len(self.tasks))]
+    def _images(self) -> list[np.ndarray]:
+        """Which images (N,) are of each task, then of any."""
+        tasks = self.answers.tasks
+        return [*(tasks == number for number in range(len(self.titles))), np.ones(len(tasks), dtype=bool)]
 
-    def _correct(self, probabilities: np.ndarray) -> np.ndarray:
-        return probabilities.argmax(1) == self.data.labels.numpy()
+    def _mean(self, right: np.ndarray, images: np.ndarray | None = None) -> float:
+        """The mean over some images, the tasks among them weighing alike."""
+        weights = self.answers.weights if images is None else self.answers.weights * images
+        return float(weights @ right / weights.sum())
 
-    def _mcnemar(self, probabilities: np.ndarray, rows: np.ndarray) -> float:
-        """Exact two-sided McNemar test: are the images only one of the two gets right split evenly?"""
-        ours, theirs = self._correct(self.predictions[MIXTURE][0])[rows], self._correct(probabilities)[rows]
+    def _interval(self, right: np.ndarray, images: np.ndarray) -> tuple[float, float, float]:
+        """That mean and its 95 % interval. Over several tasks, as of that many images as have the same variance."""
+        weights = self.answers.weights[images]
+        count = weights.sum() ** 2 / np.square(weights).sum()
+        return self._mean(right, images), *wilson(self._mean(right, images), count)
+
+    def _mcnemar(self, scores: np.ndarray, images: np.ndarray) -> float:
+        """Are the images that only one of the two gets right split evenly?"""
+        ours, theirs = (self.answers.right(run)[images] for run in (self.methods[MIXTURE].runs[0], scores))
         only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
         return binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` images (Wilson 1927)."""
+    square = norm.ppf(0.975) ** 2 / count
+    middle, reach = share + square / 2, math.sqrt(square * share * (1 - share) + square**2 / 4)
+    return max(0.0, (middle - reach) / (1 + square)), min(1.0, (middle + reach) / (1 + square))
+
+
+def holm(p_values: pd.Series) -> pd.Series:
+    """p-values corrected for their number, those that are missing left out (Holm 1979)."""
+    known = p_values.dropna().sort_values()
+    steps = known * np.arange(len(known), 0, -1)
+    return steps.cummax().clip(upper=1.0).reindex(p_values.index)

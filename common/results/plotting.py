@@ -171,27 +171,48 @@ def routing(table: pd.DataFrame, title: str) -> Figure:
 
 @picture
 def comparison(table: pd.DataFrame, title: str) -> Figure:
-    """Draw the accuracy of every method by task, with its interval, the best method over all tasks on top.
+    """Draw the accuracy of every method, in groups, the best of a group on top: the mean over tasks and that of each task.
 
-    table: as `common.comparison` makes it.
+    The first method of the first group and the first of the last, which is told the task, are lines through all.
+
+    table: as `common.comparison.score` makes it; its rows of the task "All" are those of all tasks together.
     """
-    overall = table[table["task"] == "All"].sort_values("accuracy_mean")
-    methods, tasks = list(overall["method"]), [task for task in dict.fromkeys(table["task"]) if task != "All"]
-    figure = Figure(figsize=(8, 1.2 + max(0.42, 0.12 * len(tasks)) * len(methods)), layout="constrained")
+    overall = table[table["task"] == "All"].set_index("method")
+    tasks, groups = [task for task in dict.fromkeys(table["task"]) if task != "All"], list(dict.fromkeys(overall["group"]))
+    rows, ticks = [], []  # methods by the line they stand in, None for that of a group's name
+    for group in groups:
+        own = overall[overall["group"] == group].sort_values("accuracy_mean", ascending=False, kind="stable")
+        rows += [None, *own.index]
+        ticks += [f"{group}:", *own.index]
+    figure = Figure(figsize=(9, 1.6 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    height, bars = 0.8 / len(tasks), []
-    for index, task in enumerate(tasks):
-        rows = table[table["task"] == task].set_index("method").loc[methods]
-        offset = (len(tasks) - 1) / 2 - index
-        below, above = rows["accuracy"] - rows["accuracy_low"], rows["accuracy_high"] - rows["accuracy"]
-        bars.append(axes.barh(np.arange(len(methods)) + offset * height, rows["accuracy"], height,
-                              xerr=np.stack([below, above]), error_kw={"linewidth": 0.8, "capsize": min(2, 10 * height)}))
-    axes.set_yticks(range(len(methods)), [shown(method, 48) for method in methods], fontsize=8)
+    lines = {method: line for line, method in enumerate(rows) if method is not None}
+    for number, task in enumerate(tasks):
+        own = table[table["task"] == task].set_index("method").loc[list(lines)]
+        axes.plot(own["accuracy_mean"], list(lines.values()), linestyle="none", marker="os^vDPX*<>"[number % 10], markersize=5,
+                  color=f"C{number % 10}", alpha=0.6, label=shown(task).replace("_", " ").strip())
+    own = overall.loc[list(lines)]
+    axes.hlines(list(lines.values()), own["accuracy_low"], own["accuracy_high"], color="black", linewidth=1)
+    axes.plot(own["accuracy_mean"], list(lines.values()), linestyle="none", marker="|", markersize=11, markeredgewidth=2.2,
+              color="black", label="mean over tasks, 95 % interval")
+    told = own["accuracy_told_task"].where(own["accuracy_told_task"] != own["accuracy"])
+    axes.plot(told, list(lines.values()), linestyle="none", marker="d", markersize=6, markerfacecolor="none", color="grey",
+              label="mean over tasks, if told the task")
+    best, oracle = (overall[overall["group"] == group]["accuracy_mean"].iloc[0] for group in (groups[0], groups[-1]))
+    axes.axvline(best, color="C3", linewidth=1, zorder=0, label=f"{overall.index[0]}, not told the task")
+    told_task = overall[overall["group"] == groups[-1]].index[0]
+    axes.axvline(oracle, color="C2", linewidth=1, linestyle="--", zorder=0, label=told_task)
+    axes.axhspan(lines[overall.index[0]] - 0.5, lines[overall.index[0]] + 0.5, color="C3", alpha=0.12, linewidth=0, zorder=0)
+    axes.set_yticks(range(len(rows)), [shown(name, 48) for name in ticks], fontsize=8)
+    for label, method in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if method is None else "normal")
+    for line in (line for line, method in enumerate(rows) if method is None):
+        axes.axhspan(line - 0.5, line + 0.5, color="grey", alpha=0.1, linewidth=0, zorder=0)
     seeds = table["seeds"].max()
-    which = f"; first seed, in the order of the means over {seeds}" if seeds > 1 else ""
-    axes.set(xlabel=f"accuracy on the mixed test set, with 95 % interval{which}", xlim=(0, 1))
+    means = f"; means over {seeds:.0f} seeds, intervals of the first" if seeds > 1 else ""
+    axes.set(xlabel=f"share of test images whose task and class are right{means}", xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
+    axes.tick_params(axis="y", length=0)
     axes.set_title(title, fontsize=11)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(bars, [shown(task).replace("_", " ").strip() for task in tasks], loc="lower left", bbox_to_anchor=(1.0, 0.0),
-                fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure

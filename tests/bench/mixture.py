@@ -18,7 +18,7 @@ def _models(settings: Settings) -> dict[str, nn.Module]:
         found[f"mixture of {count}"] = mixture(plain, count)
         found[f"X-LoRA loop of {count}"] = XLora(twin(plain), experts(plain, count))
         earlier = mixture(plain, count)
-        found[f"earlier formulation of {count}"] = earlier_formulation(earlier, earlier.expert_names[0])
+        found[f"earlier formulation of {count}"] = earlier_formulation(earlier)
     return found
 
 

@@ -1,0 +1,108 @@
+"""`CGM_Lora.py --compare`: the comparison of one finished mixture, made once and then shown."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from common import models
+from common.cli.flags import MixtureConfig
+from common.comparison.contest import Contest
+from common.comparison.mixture import mixture_name
+from common.comparison.score import EVERY_TASK
+from common.data.tensors import TaskData
+from common.errors import UserError
+from common.files import remove
+from common.results import plotting
+from common.results.folder import Results
+from common.training import distributed
+from ContextGatedMOE import ContextGatedMOE
+
+NAME = "CGM_Lora_Comparison"
+TEXTS = ("group", "method", "task", "of_mixture")
+NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_told_task", "right_task", "seeds", "accuracy_mean",
+           "accuracy_spread", "mcnemar_p", "mcnemar_p_holm", "trainable_parameters", "total_parameters", "images_per_second",
+           "of_seeds")
+
+
+def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results) -> None:
+    """Compare a finished mixture with every other way to use its adapters, all on one shuffled test set, the task not told.
+
+    Writes CGM_Lora_Comparison.csv (see `Comparison.table`) and .png, and prints the table. All that is trained is trained
+    `config.seeds` times, with the seeds from `config.seed` on; the experts are the same every time. A comparison of this
+    mixture with as many seeds that is there already is printed only. Raises UserError if there is one task only, a base
+    model is missing, or the table that is there cannot be read.
+    """
+    if len(tasks) < 2:
+        raise UserError("--compare needs two tasks or more; add one with Data_Preparation.py --task NAME=SOURCE")
+    folder = results.folder / "Models" / mixture_name([data.task.key for data in tasks])
+    made_of = {"of_mixture": f"sha256:{str(models.fingerprint(folder))[:12]}", "of_seeds": config.seeds}
+    if distributed.any_of(bool(_show_finished(results, made_of))):
+        return
+    table = Contest(config, tasks, mixture, results).run().assign(**made_of)
+    results.write_table(f"{NAME}.csv", table)
+    _draw(results, table)
+    _print(results, table)
+
+
+def forget(results: Results) -> None:
+    """Delete the comparison of another mixture than the one that is there now."""
+    if distributed.rank() == 0:
+        for ending in ("csv", "png"):
+            remove(results.folder / f"{NAME}.{ending}")
+
+
+@distributed.on_main
+def _show_finished(results: Results, made_of: dict[str, Any]) -> bool:
+    """Show the comparison that is there if it was made of this, and say whether it was."""
+    path = results.folder / f"{NAME}.csv"
+    if not path.exists():
+        return False
+    table = _read(path)
+    if any((table[key] != value).any() for key, value in made_of.items()):
+        return False
+    if not (results.folder / f"{NAME}.png").exists():
+        _draw(results, table)
+    _print(results, table)
+    print("The comparison is finished already; --overwrite makes it anew, with its mixture")
+    return True
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """A written comparison, also after a spreadsheet has separated and quoted it in its own way. Raises UserError."""
+    try:
+        header = path.read_text(encoding="utf-8-sig").partition("\n")[0]
+        table = pd.read_csv(path, sep=max(",;\t", key=header.count), dtype=str, encoding="utf-8-sig", keep_default_na=False)
+        for name in NUMBERS:
+            table[name] = pd.to_numeric(table[name].str.replace(",", ".").replace("", None))
+        table[[*TEXTS]]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as the table of a comparison ({reason}); delete it, and the same command makes "
+                        "it anew") from error
+    return table
+
+
+def _draw(results: Results, table: pd.DataFrame) -> None:
+    title = results.title("One model for all tasks, the task not told")
+    plotting.comparison(results.folder / f"{NAME}.png", table, title)
+
+
+@distributed.on_main
+def _print(results: Results, table: pd.DataFrame) -> None:
+    """Print the rows of all tasks together."""
+    def column(name: str, form: str) -> list[str]:
+        return ["" if pd.isna(value) else f"{value:{form}}" for value in rows[name]]
+
+    rows = table[table["task"] == EVERY_TASK]
+    print(pd.DataFrame({
+        "method": rows["method"].to_list(), "accuracy": column("accuracy", ".1%"),
+        "95 % interval": [f"{low} to {high}" for low, high in
+                          zip(column("accuracy_low", ".1%"), column("accuracy_high", ".1%"), strict=True)],
+        "told the task": column("accuracy_told_task", ".1%"), "right task": column("right_task", ".1%"),
+        "mean of seeds": column("accuracy_mean", ".1%"), "spread": column("accuracy_spread", ".1%"),
+        "p (Holm)": column("mcnemar_p_holm", ".3f"), "trained": column("trainable_parameters", ",.0f"),
+        "parameters": column("total_parameters", ",.0f"), "images/s": column("images_per_second", ",.0f"),
+    }).to_string(index=False))
+    print(f"The comparison is in {results.folder / NAME}.csv and .png")
