@@ -44,7 +44,7 @@ def main(config: RunAllConfig) -> None:
 
 def import_libraries() -> None:
     """Import what the scripts import, for the processes forked from this one."""
-    for room in ("data.prepare", "results.folder", "comparison.methods", "comparison.mixture"):
+    for room in ("data.prepare", "results.folder", "comparison.compare"):
         importlib.import_module(f"common.{room}")
 
 

@@ -1,7 +1,9 @@
 """Tests of `CGM_Lora.py --compare`: what each method computes, how answers are scored, and what is written."""
 
 import shutil
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from math import sqrt
 from types import SimpleNamespace
 
@@ -359,11 +361,22 @@ def test_a_router_sees_tokens_behind_early_blocks_and_the_pooled_features(bench,
 
 
 @pytest.fixture(scope="module")
-def made(workspace, tmp_path_factory):
-    """A copy of the workspace in which the comparison was run with two seeds."""
+def made_by(workspace, tmp_path_factory):
+    """A copy of the workspace in which the comparison was run with two seeds, failed at its end and was run again; and what
+    that printed."""
     place = workspace.copy(tmp_path_factory.mktemp("compared") / "root")
-    place.run("CGM_Lora", "--compare", "--seeds", "2")
-    return place
+    with pytest.MonkeyPatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(Comparison, "table", lambda *_: 1 / 0)
+        place.run("CGM_Lora", "--compare", "--seeds", "2")
+    with redirect_stdout(StringIO()) as printed:
+        place.run("CGM_Lora", "--compare", "--seeds", "2")
+    return place, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made(made_by):
+    """That copy."""
+    return made_by[0]
 
 
 def table_of(place: Workspace) -> pd.DataFrame:
@@ -447,20 +460,10 @@ def test_a_comparison_is_made_anew_for_other_seeds_or_another_mixture(made, tmp_
     assert asked == [3, 1]
 
 
-def test_a_comparison_goes_on_after_the_trainings_that_are_done(made, tmp_path, monkeypatch, capsys):
-    again = made.copy(tmp_path / "root")
-    path = again.results / "CGM_Lora" / "CGM_Lora_Comparison.csv"
-    path.unlink()
-    with monkeypatch.context() as broken:
-        broken.setattr(Comparison, "table", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            again.run("CGM_Lora", "--compare", "--seeds", "2")
-    capsys.readouterr()
-    again.run("CGM_Lora", "--compare", "--seeds", "2")
-    trained = capsys.readouterr().out
-    assert trained.count("trained already") == 5 and ": loss " not in trained
-    same = [name for name in table_of(made) if name != "images_per_second"]
-    assert table_of(again)[same].equals(table_of(made)[same])
+def test_a_comparison_goes_on_after_the_trainings_that_are_done(made_by):
+    made, printed = made_by
+    assert printed.count("trained already") == 5 and ": loss " not in printed
+    assert not (made.results / "CGM_Lora" / "Checkpoints").exists()
 
 
 def test_what_a_comparison_lacks_is_said_in_one_line_before_the_work(made, tmp_path):
@@ -481,10 +484,9 @@ def test_three_processes_with_uneven_batches_compare_as_one(warm_process, made, 
                       "from common.comparison import mixture, passes\nfrom common.training import evaluate\n"
                       "for module in (mixture, passes, evaluate):\n    module.EVALUATION_BATCH = 3\nrun(main, MixtureConfig)\n")
     place = workspace.copy(tmp_path / "root")
-    done = warm_process.run(script, *place.flags("CGM_Lora", "--compare", "--seeds", "2"), processes=3)
+    done = warm_process.run(script, *place.flags("CGM_Lora", "--compare"), processes=3)
     assert (done.status, done.errors) == (0, "") and done.output.count("The comparison is in") == 1
     one, three = (table_of(found).set_index(["method", "task"]) for found in (made, place))
     assert one.index.equals(three.index)
-    exact = [method for method in (MIXTURE, *UNTRAINED, *BY_GATES)]
     for name in ("accuracy", "accuracy_told_task", "right_task", "total_parameters"):
-        assert np.allclose(one.loc[exact, name], three.loc[exact, name], atol=0.13 if name != "total_parameters" else 0), name
+        assert one.loc[UNTRAINED, name].equals(three.loc[UNTRAINED, name]), name

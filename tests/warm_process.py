@@ -93,7 +93,7 @@ def hub(warm_process: WarmProcess) -> Iterator[Hub]:
 
 def _run_orders() -> None:
     """Fork for every line of stdin: run what it says and print the exit status."""
-    importlib.import_module("common.comparison.methods")
+    importlib.import_module("common.comparison.compare")
     importlib.import_module("common.results.folder")
     for line in sys.stdin:
         argv, streams, kill_at, kill_after, number = json.loads(line)

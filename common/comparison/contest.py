@@ -200,7 +200,7 @@ class Contest:
             ("router, then one expert", one, one.one_expert, own.seconds / len(self.tasks)),
             ("router and all experts", every, every.all_experts, own.seconds),
         ):
-            print(f"{name}: told by {'classes' if chosen.of_classes else 'tasks'}, {chosen.place}, C = {chosen.penalty:g}")
+            print(f"{name}: {chosen}")
             until = body.get_submodule(chosen.place) if chosen.place in router.places(body) else None
             seconds += collect(body, self.test, self.config, until=until)[1]
             self.comparison.put(name, ROUTED, scores(own.test, test[chosen.place]), seconds, chosen.parameters,

@@ -1,12 +1,14 @@
-"""Router, then expert: a logistic regression on the plain backbone says which expert an image needs, and that expert runs."""
+"""Router, then expert: a linear classifier on the plain backbone says which expert an image needs, and that expert runs."""
 
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from scipy.special import logsumexp
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -22,7 +24,8 @@ from common.training.evaluate import logits_of
 
 EARLY_BLOCKS = 3  # behind which mean and deviation over the tokens are tried
 LAST, ALL = "the last layer", "all of these layers"
-INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C
+SHRINKAGES = (0.02, 0.1, 0.3)  # of the covariance that all classes share
 LEAST = 1e-300  # in place of a probability that rounds to 0
 NOT_CHOSEN = 1e4  # what an expert that does not run loses: only if the task were told would it be asked
 
@@ -57,20 +60,20 @@ def features(body: nn.Module, data: ImageSet, config: MixtureConfig) -> dict[str
 
 @dataclass
 class Router:
-    """A logistic regression on standardised features of one place, that tells tasks or, `of_classes`, the classes of all tasks.
+    """A classifier of the standardised features of one place, that tells tasks or, `of_classes`, the classes of all tasks.
 
     mix: how much its evidence for experts and for classes counts beside what the experts say.
     """
 
     place: str
     of_classes: bool
-    regression: Pipeline
+    classifier: Pipeline
     space: Space
     mix: Mix | None = None
 
     def evidence(self, seen: np.ndarray) -> list[np.ndarray]:
         """Log-probabilities of the experts, for each of their classes, and those of the classes if it tells these; (N, C)."""
-        found = np.log(np.maximum(self.regression.predict_proba(seen).astype(np.float64), LEAST))
+        found = np.log(np.maximum(self.classifier.predict_proba(seen).astype(np.float64), LEAST))
         if not self.of_classes:
             return [found[:, self.space.owner]]
         experts = [logsumexp(found[:, self.space.own(task)], axis=1) for task in range(len(self.space.sizes))]
@@ -85,33 +88,37 @@ class Router:
         likeliest = self.space.owner[self.evidence(seen)[0].argmax(1)]
         return self.all_experts(logits, seen) - NOT_CHOSEN * (self.space.owner != likeliest[:, None])
 
-    @property
-    def penalty(self) -> float:
-        """scikit-learn's C."""
-        return self.regression[-1].C
+    def __str__(self) -> str:
+        kind = self.classifier[-1]
+        how = f"C = {kind.C:g}" if isinstance(kind, LogisticRegression) else f"shrinkage {kind.shrinkage:g}"
+        return f"{type(kind).__name__} of {'classes' if self.of_classes else 'tasks'}, {how}, on {self.place}"
 
     @property
     def parameters(self) -> int:
         """How many numbers it has learnt."""
-        last = self.regression[-1]
+        last = self.classifier[-1]
         return last.coef_.size + last.intercept_.size
 
 
 def routers(train: dict[str, np.ndarray], answers: Answers) -> Iterator[Router]:
-    """A router for each place, each strength of the penalty, and tasks and classes to tell; tasks weigh alike.
+    """A router for each place and each strength of regularisation: logistic regressions that tell tasks, or classes, and linear
+    discriminants of the classes. Tasks weigh alike.
 
     train: features of the training images by place; answers: theirs.
     """
-    share = answers.weights * len(answers.weights)
+    space, share = answers.space, answers.weights * len(answers.weights)
+    priors = 1 / (len(space.sizes) * np.array(space.sizes)[space.owner])
     for place, seen in train.items():
-        for of_classes in (False, True):
-            for penalty in INVERSE_PENALTIES:
-                regression = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=500))
-                right = answers.labels if of_classes else answers.tasks
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConvergenceWarning)  # the best on validation counts, not the optimum
-                    regression.fit(seen, right, logisticregression__sample_weight=share)
-                yield Router(place, of_classes, regression, answers.space)
+        for of_classes, penalty in product((False, True), INVERSE_PENALTIES):
+            classifier = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=500))
+            right = answers.labels if of_classes else answers.tasks
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # the best on validation counts, not the optimum
+                classifier.fit(seen, right, logisticregression__sample_weight=share)
+            yield Router(place, of_classes, classifier, space)
+        for shrinkage in SHRINKAGES:
+            discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=priors)
+            yield Router(place, True, make_pipeline(StandardScaler(), discriminant).fit(seen, answers.labels), space)
 
 
 def best_routers(train: dict[str, np.ndarray], train_answers: Answers, seen: dict[str, np.ndarray],
