@@ -52,18 +52,20 @@ class WarmProcess:
         )
 
     def run(self, script: str | Path, *arguments: object, kill_after: float | None = None,
-            kill_at: tuple[object, ...] | None = None, processes: int = 1) -> Outcome:
+            kill_at: tuple[object, ...] | None = None, processes: int = 1,
+            constants: dict[str, object] | None = None) -> Outcome:
         """Run a script of the project, or any other by its full path, in one process or in several that work together.
 
         It is ended by SIGKILL after `kill_after` seconds, or when it is about to call, for the given time, the function of
         the given name, such as ("os.replace", 3); of several processes, the last one is. With the name of an exception and
         what it holds behind that, as in ("os.replace", 3, "OSError", 28, "no space left"), the call raises it instead.
+        constants: values of module constants by their full names, in place of the usual ones.
         """
         streams = [self.folder / "output", self.folder / "errors"]
         for path in streams:
             path.write_bytes(b"")
         argv = [str(PROJECT / script), *map(str, arguments)]
-        order = argv, [str(path) for path in streams], kill_at, kill_after, processes
+        order = argv, [str(path) for path in streams], kill_at, kill_after, processes, constants or {}
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return Outcome(int(self.process.stdout.readline()), *(path.read_text(encoding="utf-8") for path in streams))
 
@@ -96,7 +98,7 @@ def _run_orders() -> None:
     importlib.import_module("common.comparison.compare")
     importlib.import_module("common.results.folder")
     for line in sys.stdin:
-        argv, streams, kill_at, kill_after, number = json.loads(line)
+        argv, streams, kill_at, kill_after, number, constants = json.loads(line)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         children = []
@@ -104,7 +106,7 @@ def _run_orders() -> None:
             together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "RANK": rank,
                         "LOCAL_WORLD_SIZE": number, "LOCAL_RANK": rank} if number > 1 else {}
             doomed = kill_at if rank == number - 1 else None
-            started = argv, streams, doomed, together
+            started = argv, streams, doomed, together, constants
             children.append(multiprocessing.get_context("fork").Process(target=_run_script, args=started))
             children[-1].start()
         children[-1].join(kill_after)
@@ -116,13 +118,17 @@ def _run_orders() -> None:
 
 
 def _run_script(
-    argv: list[str], streams: list[str], kill_at: tuple[object, ...] | None, environment: dict[str, object]
+    argv: list[str], streams: list[str], kill_at: tuple[object, ...] | None, environment: dict[str, object],
+    constants: dict[str, object],
 ) -> None:
     """Run a script with its stdout and stderr in files."""
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     time.sleep = lambda seconds: None  # the Hub's client waits longer and longer before it tries again
     os.environ.update({name: str(value) for name, value in environment.items()})
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        setattr(pkgutil.resolve_name(module), constant, value)
     if kill_at is not None:
         _kill_at(*kill_at)
     sys.argv = argv

@@ -15,7 +15,7 @@ from common.cli.parser import parse
 from common.errors import UserError
 from common.files import write_csv
 from common.training.evaluate import device_of
-from tests.bench import data, growth, heads, lora, mixture, parts, preparation, routing, routing_mixture, scripts
+from tests.bench import data, growth, heads, lora, mixture, parts, preparation, processes, routing, routing_mixture, scripts
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
@@ -25,8 +25,9 @@ BENCHMARKS = {
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch,
 }
-# Each a table of one run, with no ratios.
-WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "duplicates": data.run_duplicates,
+# Each makes a table of its own.
+WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "processes": processes.run_processes,
+         "duplicates": data.run_duplicates,
          "stored": data.run_stored, "routing_experts": routing.experts, "routing": routing_mixture.routing}
 
 
