@@ -16,7 +16,7 @@ from pipeline import Workspace, hashes, save_tiny_backbone  # noqa: E402
 
 MEASURED = ["seconds", "images_per_second", "peak_memory_mib"]  # columns of the summary that tell time or memory
 MADE = {  # what a script makes
-    "Data_Preparation": ["fire_dataset", "game_dataset"], "Generate_Base_Model": ["Results/Base_Models"],
+    "Data_Preparation": ["fire_dataset", "game_dataset", "tasks.json"], "Generate_Base_Model": ["Results/Base_Models"],
     "Finetune": ["Results/Finetune"], "Lora_Finetune": ["Results/Lora_Finetune"], "CGM_Lora": ["Results/CGM_Lora"],
 }
 DATA = MADE["Data_Preparation"]
@@ -81,11 +81,13 @@ class Killer:
 def differences(place: Workspace, reference: Workspace, script: str) -> list[str]:
     """Files of a place in which only this script has run that are missing, left over or not, byte for byte, the reference's.
 
-    Of the summary, what tells time and memory may differ.
+    Of the summary, what tells time and memory may differ, and so may the report, which shows it.
     """
-    parts = tuple(f"{part}/" for part in MADE[script] + NEEDED[script])
-    expected = {name: digest for name, digest in hashes(reference.root).items() if name.startswith(parts)}
+    parts = MADE[script] + NEEDED[script]
+    expected = {name: digest for name, digest in hashes(reference.root).items()
+                if name in parts or name.startswith(tuple(f"{part}/" for part in parts))}
     found = hashes(place.root)
+    found.pop("Results/index.html", None)
     if script == "Data_Preparation":  # the resized images come with the first use
         expected = {name: digest for name, digest in expected.items() if "/pixels_" not in name}
     elif found.pop("Results/summary.csv", None):

