@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 # Initialisations that only choose the first A and B. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the
 # base weights, so that two such adapters do not share one base.
@@ -37,8 +39,10 @@ class Expert:
     heads: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
 
-def read_expert(base_model: nn.Module, name: str, adapter: str | Path) -> Expert:
+def read_expert(base_model: nn.Module, name: str, adapter: str | Path, **hub: Any) -> Expert:
     """Read the peft LoRA adapter at `adapter` (folder or Hub name) as an expert of `base_model`.
+
+    hub: for a Hub name, `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`.
 
     peft itself loads the adapter, so that its rules for names, ranks and scalings hold here too, but onto a copy of the
     base without any data: `base_model` is not touched. It may be the base of a mixture already.
@@ -46,18 +50,19 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path) -> Expert
     Raises MixtureError if there is no such adapter, it does not fit the base, or it cannot be mixed exactly: DoRA
     and other LoRA variants, biases, adapters of anything but `nn.Linear`, initialisations that change the base.
     """
-    config = _read_config(name, adapter)
+    refuse_packed(base_model)
+    config = _read_config(name, adapter, hub)
     _refuse_inexact(name, config)
     # Only training knows of these: how A and B began, and VeLoRA's compressed activations. What is left is plain LoRA.
     config.init_lora_weights, config.velora_config = True, None
     try:
-        stored = load_peft_weights(str(adapter), device="cpu")
+        stored = load_peft_weights(str(adapter), device="cpu", **hub)
         base = skeleton(base_model)
         _fit_heads(base, stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
             model = PeftModel.from_pretrained(
-                base, adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True
+                base, adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True, **hub
             )
         expert = _collect(name, model.get_base_model())
         adapted = sum(".lora_A." in key for key in stored)
@@ -95,9 +100,9 @@ def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m.mixture_base() if hasattr(m, "mixture_base") else m for name, m in model.named_modules()}
 
 
-def _read_config(name: str, adapter: str | Path) -> LoraConfig:
+def _read_config(name: str, adapter: str | Path, hub: dict[str, Any]) -> LoraConfig:
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter, **hub)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise MixtureError(f"expert '{name}': there is no readable peft adapter at {adapter}") from error
     if not isinstance(config, LoraConfig):
@@ -180,12 +185,24 @@ def head_of(expert: Expert, layer: str, base: nn.Linear) -> tuple[Tensor, Tensor
     return weight, None if base.bias is None else base.bias.detach().clone()
 
 
+def refuse_packed(base_model: nn.Module) -> None:
+    """Raise MixtureError if weights of the base are packed in 4 or 8 bits: experts mix exactly with floating-point weights only."""
+    for name, layer in plain_layers(base_model).items():
+        weight = getattr(layer, "weight", None)
+        packed = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(layer).__mro__)
+        if packed or (isinstance(layer, nn.Linear) and isinstance(weight, Tensor) and not weight.is_floating_point()):
+            raise MixtureError(f"the base model's '{name}' is a {type(layer).__name__} with weights in 4 or 8 bits; load the base in "
+                               "bf16, fp16 or fp32 to mix experts on it")
+
+
 def check_fit(expert: Expert, base_model: nn.Module) -> None:
     """Raise MixtureError unless every layer of the expert is a linear layer of the base, of the same shape."""
     layers = plain_layers(base_model)
     for layer, tensors in (expert.updates | expert.heads).items():
         if not isinstance(layers.get(layer), nn.Linear):
             raise MixtureError(f"expert '{expert.name}' adapts '{layer}', which is no linear layer of the base model")
+        if isinstance(layers[layer], NonDynamicallyQuantizableLinear):
+            raise MixtureError(f"expert '{expert.name}' adapts '{layer}', which nn.MultiheadAttention reads without calling it")
         shape = tuple(layers[layer].weight.shape)
         if layer in expert.updates:
             down, up = expert.updates[layer]
@@ -204,6 +221,28 @@ def check_heads(experts: list[Expert], base_model: nn.Module) -> None:
         if len(set(widths.values())) > 1:
             listed = ", ".join(f"'{name}' {width}" for name, width in widths.items())
             raise MixtureError(f"the experts' heads at '{layer}' have different widths ({listed}) and cannot be mixed")
+
+
+def check_together(experts: Sequence[Expert], base_model: nn.Module, classes: Mapping[str, Sequence[str]] | None) -> None:
+    """Raise MixtureError unless the experts fit the base model, each other and the classes."""
+    names = sorted(expert.name for expert in experts)
+    if len(set(names)) < len(names):
+        raise MixtureError(f"two experts have one name: {', '.join(names)}")
+    for expert in experts:
+        check_fit(expert, base_model)
+    if not classes:
+        return check_heads(experts, base_model)
+    for name in {*classes, *names}:
+        if name not in classes or name not in names:
+            raise MixtureError(f"classes=... names {name!r}, which is no expert" if name in classes else f"expert {name!r} has no classes")
+    for expert in experts:
+        own = list(classes[expert.name])
+        if isinstance(classes[expert.name], str) or len(set(own)) < max(1, len(own)):
+            raise MixtureError(f"expert {expert.name!r} needs one or more different classes, not {', '.join(own) or 'none'}")
+        for layer, (weight, _) in expert.heads.items():
+            if len(weight) != len(own):
+                raise MixtureError(f"expert {expert.name!r} has a head of {len(weight)} outputs at '{layer}' for {len(own)} classes "
+                                   f"({', '.join(own)})")
 
 
 def stack_updates(experts: list[Expert], layer: str, like: Tensor) -> tuple[Tensor, Tensor, list[int]]:

@@ -1,18 +1,21 @@
 """Putting a mixture's layers, gates and hooks into a base model, and taking them out again."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import Expert, MixtureError, head_of, stack_updates
 from ContextGatedMOE.gate import Gate
-from ContextGatedMOE.heads import JointHead, SharedHead
+from ContextGatedMOE.heads import HEAD_NUMBERS, JointHead, SharedHead
 from ContextGatedMOE.layers import MixtureLinear
-from ContextGatedMOE.routing import GATE, Router, Unit
-
-GATED_BLOCKS = 3  # the first blocks of a model have a gate before them: nearly all that can be known is known early
+from ContextGatedMOE.routing import GATE, Restoring, Router, Unit
+from ContextGatedMOE.units import find_units, model_width
 
 MixtureLayer = MixtureLinear | JointHead | SharedHead
 
@@ -27,54 +30,95 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     return {name.rpartition(".")[0]: module for name, module in model.named_modules() if isinstance(module, Gate)}
 
 
-def build(model: nn.Module, experts: list[Expert], sizes: list[int], columns: list[int] | None, hidden: int, router: Router) -> None:
-    """Put gated layers in place of the plain ones that experts adapt or replace, gates before blocks, and the hooks.
+@dataclass
+class Parts:
+    """What a mixture puts into a base model: layers by name, units with the gates before them (None where there is none)."""
+
+    layers: dict[str, MixtureLayer]
+    units: dict[Unit, Gate | None]
+    router: Router
+
+
+def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: list[int] | None, hidden: int, router: Router) -> Parts:
+    """The parts for a plain model, which stays as it is.
 
     sizes: number of classes of each expert, as the gates know them. columns: for each class of each expert the output it
     adds to, for a head over all of them; None for heads that share a label space. hidden: units of the gates' first layer.
+    Raises MixtureError if the experts' heads do not make one answer.
     """
     replaced = {layer for expert in experts for layer in expert.heads}
     adapted = {layer for expert in experts for layer in expert.updates} - replaced
     if columns is not None and len(replaced) != 1:
         raise MixtureError(f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
                            f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space")
-    units = find_units(model, adapted, replaced)
-    for layer in [name for name, _ in model.named_modules() if name in replaced | adapted]:
-        base = model.get_submodule(layer)
-        if layer not in replaced:
-            module: nn.Module = MixtureLinear(base, *stack_updates(experts, layer, base.weight), layer, router)
-        else:
-            heads = [head_of(expert, layer, base) for expert in experts]
-            biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in heads]
-            weights = [weight.to(base.weight) for weight, _ in heads]
-            biases = [bias.to(base.weight) for bias in biases]
-            if columns is not None:
-                module = JointHead(base, torch.cat(weights), torch.cat(biases), sizes, columns, layer, router).to(base.weight.device)
-            else:
-                has_bias = any(bias is not None for _, bias in heads)
-                module = SharedHead(base, torch.stack(weights), torch.stack(biases) if has_bias else None, layer, router)
-        model.set_submodule(layer, module.train(base.training))
-    for unit, gated in units:
+    layers: dict[str, MixtureLayer] = {}
+    for name in [name for name, _ in model.named_modules() if name in replaced | adapted]:
+        base = model.get_submodule(name)
+        if base.weight.is_meta:
+            raise MixtureError(f"the base model's '{name}' has no data in memory; load it without offloading")
+        layer = _head(experts, name, base, sizes, columns, router) if name in replaced else MixtureLinear(
+            base, *stack_updates(experts, name, base.weight), name, router)
+        layers[name] = layer.train(base.training)
+    units: dict[Unit, Gate | None] = {}
+    for unit, gated in find_units(model, adapted, replaced):
         module = model.get_submodule(unit.name)
-        if gated:
-            width = model_width(module)
-            gate = Gate(width, hidden, sizes).to(next(model.parameters()).device)
-            module.add_module(GATE, gate.train(module.training))
-        module.register_forward_pre_hook(partial(router.enter, unit), with_kwargs=True)
-        module.register_forward_hook(router.leave, always_call=True)
-    if experts:
-        model.register_forward_pre_hook(router.begin, with_kwargs=True)
-        model.register_forward_hook(router.end, always_call=True)
+        device = next(module.parameters()).device
+        units[unit] = Gate(model_width(module), hidden, sizes).to(device).train(module.training) if gated else None
+    return Parts(layers, units, router)
 
 
-def unbuild(model: nn.Module) -> None:
-    """Take everything of a mixture out of a model: it is then what it was."""
-    for name, module in mixture_layers(model).items():
-        model.set_submodule(name, module.base)
-    for module in list(model.modules()):
-        if GATE in module._modules:
-            del module._modules[GATE]
+def _head(experts: list[Expert], name: str, base: nn.Linear, sizes: list[int], columns: list[int] | None, router: Router) -> MixtureLayer:
+    """The head that stands for all experts' own."""
+    heads = [head_of(expert, name, base) for expert in experts]
+    weights = [weight.to(base.weight) for weight, _ in heads]
+    biases = [(weight.new_zeros(len(weight)) if bias is None else bias).to(base.weight) for weight, bias in heads]
+    if columns is None:
+        has_bias = any(bias is not None for _, bias in heads)
+        return SharedHead(base, torch.stack(weights), torch.stack(biases) if has_bias else None, name, router)
+    for expert, weight, size in zip(experts, weights, sizes, strict=True):
+        if len(weight) != size:
+            raise MixtureError(f"expert '{expert.name}' has a head of {len(weight)} outputs at '{name}' for {size} classes")
+    return JointHead(base, torch.cat(weights), torch.cat(biases), sizes, columns, name, router).to(base.weight.device)
+
+
+def put_in(model: nn.Module, parts: Parts) -> None:
+    """Put a mixture's parts into a plain model: layers in place of the plain ones, gates before blocks, and the hooks."""
+    for unit, gate in parts.units.items():  # before a layer that is a unit itself is wrapped: the hooks go on what is called
+        module = parts.layers.get(unit.name) or model.get_submodule(unit.name)
+        if gate is not None:
+            module.add_module(GATE, gate)
+        module.register_forward_pre_hook(partial(parts.router.enter, unit), with_kwargs=True)
+        module.register_forward_hook(parts.router.leave, always_call=True)
+    for name, layer in parts.layers.items():
+        model.set_submodule(name, layer)
+    if not parts.units:
+        return
+    entries = [model]
+    if parts.router.is_encoder_decoder and hasattr(model, "get_encoder"):
+        entries.append(model.get_encoder())  # generation calls it by itself
+    for entry in entries:
+        inputs = tuple(inspect.signature(entry.forward).parameters)
+        entry.register_forward_pre_hook(partial(parts.router.begin, inputs), with_kwargs=True)
+        entry.register_forward_hook(parts.router.end, always_call=True)
+
+
+def take_out(model: nn.Module, router: Router) -> Parts:
+    """Take everything of a mixture out of a model, which is then what it was, and return it."""
+    parts = Parts(mixture_layers(model), {}, router)
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, partial) and hook.args and isinstance(hook.args[0], Unit):
+                parts.units[hook.args[0]] = module._modules.get(GATE)
+    for module in modules.values():
+        module._modules.pop(GATE, None)
         remove_hooks(module)
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(checkpoint, Restoring):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
+    for name, layer in parts.layers.items():
+        model.set_submodule(name, layer.base)
+    return parts
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -90,57 +134,73 @@ def remove_hooks(module: nn.Module) -> None:
                     entries.pop(key, None)
 
 
+def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_places: list[tuple[str, int]]) -> None:
+    """Give new gates and a new head what the old ones have learned of the classes that are in both.
+
+    old_places, new_places: (expert, number of its class) of every row of the gates' scores.
+    """
+    both = [(new_places.index(place), row) for row, place in enumerate(old_places) if place in new_places]
+    rows, old_rows = ([pair[side] for pair in both] for side in (0, 1))
+    old_gates = {unit.name: gate for unit, gate in old.units.items() if gate is not None}
+    with torch.no_grad():
+        for unit, gate in new.units.items():
+            before = old_gates.get(unit.name)
+            if gate is not None and before is not None and gate.feature_count == before.feature_count:
+                gate.coefficient.copy_(before.coefficient)
+                gate.score.weight[rows] = before.score.weight[old_rows]
+                gate.score.bias[rows] = before.score.bias[old_rows]
+        heads = [next((layer for layer in parts.layers.values() if isinstance(layer, JointHead)), None) for parts in (old, new)]
+        if None not in heads:
+            for name in HEAD_NUMBERS:
+                getattr(heads[1], name).copy_(getattr(heads[0], name))
+
+
+def cut_experts(names: list[str], ranks: dict[str, list[int]], heads: list[str], sizes: list[int],
+                tensors: dict[str, Tensor]) -> list[Expert]:
+    """Cut stacked tensors, keyed "<layer>.<tensor>", into experts again. sizes: number of classes of each expert."""
+    experts = [Expert(name) for name in names]
+    for layer, own in ranks.items():
+        downs, ups = tensors[f"{layer}.lora_A"].split(own), tensors[f"{layer}.lora_B"].split(own, dim=1)
+        for expert, down, up in zip(experts, downs, ups, strict=True):
+            if down.shape[0]:
+                expert.updates[layer] = (down, up)
+    for layer in heads:
+        weights = tensors[f"{layer}.expert_weight"]
+        biases = tensors.get(f"{layer}.expert_bias", [None] * len(experts))
+        if weights.ndim == 2:  # one after the other
+            weights, biases = weights.split(sizes), biases.split(sizes)
+        for expert, weight, bias in zip(experts, weights, biases, strict=True):
+            expert.heads[layer] = (weight, bias)
+    return experts
+
+
 def is_built(model: nn.Module) -> bool:
     """Whether a mixture has put something into a model."""
     return any(isinstance(module, MixtureLayer | Gate) for module in model.modules())
 
 
-def find_units(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -> list[tuple[Unit, bool]]:
-    """What the experts are weighed for, in the model's order, and whether a gate stands before it.
-
-    A block is an element of the outermost `nn.ModuleList` around an adapted layer. The first blocks of each list have gates, adapted
-    or not; later ones share what these have found. A layer outside of any block has a gate of its own, unless all blocks are in one
-    list and come before it: then it shares theirs, as heads do. Where there is nothing else, the head has the gate.
-    """
-    modules = dict(model.named_modules())
-    lists: dict[str, set[str]] = {}
-    loose = []
-    for layer in sorted(adapted):
-        parts = layer.split(".")
-        prefixes = [".".join(parts[: end + 1]) for end in range(len(parts))]
-        block = next((name for name in prefixes if isinstance(modules.get(name.rpartition(".")[0]), nn.ModuleList)), None)
-        if block is None:
-            loose.append(layer)
-        else:
-            lists.setdefault(block.rpartition(".")[0], set()).add(block)
-    gated = {f"{name}.{number}" for name in lists for number in range(min(GATED_BLOCKS, len(modules[name])))}
-    names = {*loose, *gated, *(block for blocks in lists.values() for block in blocks)}
-    if not names:
-        names = set(list(heads)[:1])
-    units, begun = [], set()
-    for name in [name for name in modules if name in names]:
-        parent = name.rpartition(".")[0]
-        chain = "" if len(lists) < 2 else parent if parent in lists else name
-        has_gate = name in gated or (parent not in lists and (not lists or not begun & gated or len(lists) > 1))
-        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units)), has_gate))
-        begun.add(name)
-    return units
+def head_width(parts: Parts) -> int | None:
+    """The number of outputs of heads that share a label space, where it is another than the base model's; None elsewhere."""
+    heads = [layer for layer in parts.layers.values() if isinstance(layer, SharedHead)]
+    width = heads[0].expert_weight.shape[1] if len(heads) == 1 else None
+    return width if heads and width != heads[0].base.out_features else None
 
 
-def model_width(module: nn.Module) -> int:
-    """D, the width of the tokens that a block or layer gets."""
-    if isinstance(module, MixtureLayer):
-        return module.base.in_features
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    for part in module.modules():  # what a block does first is to normalise or project its tokens
-        if isinstance(part, nn.LayerNorm):
-            return part.normalized_shape[-1]
-        if isinstance(part, MixtureLinear | nn.Linear):
-            return (part.base if isinstance(part, MixtureLinear) else part).in_features
-        if hasattr(part, "weight") and isinstance(part.weight, torch.Tensor) and part.weight.ndim == 1:
-            return len(part.weight)
-    raise MixtureError(f"a {type(module).__name__} holds no layer that tells the width of its tokens")
+def set_config(base_model: nn.Module, config: Any, called: Sequence[str] = (), width: int | None = None) -> None:
+    """Give the base model a configuration that names these outputs, or has that many without names, or else this one."""
+    if config is None:
+        return
+    if called:
+        config = copy.deepcopy(config)
+        config.id2label = dict(enumerate(called))
+        config.label2id = {name: number for number, name in enumerate(called)}
+        config.problem_type = "single_label_classification"
+    elif width is not None:
+        config = copy.deepcopy(config)
+        config.num_labels = width
+    base_model.config = config
+    if hasattr(base_model, "num_labels") and not isinstance(getattr(type(base_model), "num_labels", None), property):
+        base_model.num_labels = config.num_labels
 
 
 def output_columns(names: Sequence[str], classes: Mapping[str, Sequence[str]],

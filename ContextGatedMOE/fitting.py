@@ -1,5 +1,6 @@
 """Fitting the gates to images: in closed form from sums over them, then a handful of numbers from validation images."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any],
     Labels are positions in the expert's classes. A pair whose first part is a tensor means the model's main input, such as
     `pixel_values`.
     """
-    main = getattr(model.base_model, "main_input_name", None) or model.router.inputs[0]
+    main = getattr(model.base_model, "main_input_name", None) or next(iter(inspect.signature(model.base_model.forward).parameters))
     if isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor):
         images = [images]
     for batch in images:

@@ -1,5 +1,7 @@
 """The gate: a two-layer perceptron from an image's tokens to evidence for every class, and from classes to experts."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,20 @@ LINEAR_FEATURES = 256  # at most, of the pooled tokens themselves
 START = 0.3  # how much each gate's scores count before validation images have said; see `fitting.calibrate`
 
 
-class ClassMap(nn.Module):
+def moved(tensor: Tensor, fn: Callable) -> Tensor:
+    """What `fn` makes of a tensor, but never of another type."""
+    changed = fn(tensor)
+    return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+
+class InFloat32(nn.Module):
+    """A module whose tensors stay in fp32 when the model around it is converted: small updates would round to nothing in bf16."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "InFloat32":
+        return super()._apply(lambda tensor: moved(tensor, fn), recurse)
+
+
+class ClassMap(InFloat32):
     """Which classes belong to which expert, and what follows for the experts from evidence for the classes.
 
     sizes: number of classes of each expert. A class has the prior 1 / (experts * classes of its expert).
@@ -57,7 +72,7 @@ def select(weights: Tensor, top_k: int | None, training: bool) -> Tensor:
     return weights + (kept - weights).detach() if training else kept
 
 
-class Gate(nn.Module):
+class Gate(InFloat32):
     """What an image's tokens before a block say of all experts' classes.
 
     The first layer is fixed and random, `relu(W1 x + b1)` of every normalised token (random features, Rahimi and Recht 2008);
@@ -105,7 +120,6 @@ class Gate(nn.Module):
         """Scores (B, C) of all classes from features (B, K), before they are weighed by `coefficient`."""
         with torch.autocast(features.device.type, enabled=False):
             return self.score(features)
-
 
     @torch.no_grad()
     def start(self, found: Discriminant) -> None:

@@ -1,13 +1,14 @@
 """The heads: one answer among all experts' classes, or one mix of heads that share a label space."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ContextGatedMOE.gate import ClassMap
-from ContextGatedMOE.routing import Evidence, Router, current_pass
+from ContextGatedMOE.gate import ClassMap, moved
+from ContextGatedMOE.routing import Evidence, Router, as_tokens, current_pass
 
 HEAD_NUMBERS = ("router_scale", "expert_scale", "class_share")
 TINY = torch.finfo(torch.float32).tiny  # in place of 0 in logarithms: a weight of 0 still gives a finite loss
@@ -21,8 +22,9 @@ class JointHead(nn.Module):
         log p(e, c | x) = r * log g_e + log softmax(s * (W_e h + b_e))_c + w * log (what the gates say of class c)
 
     The three numbers `router_scale` r, `expert_scale` s and `class_share` w are fitted (`ContextGatedMOE.fitting.calibrate`); where
-    the experts' weights are fixed, r and s are 1 and w is 0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one after the other. columns: for each of these
-    classes, the output that it adds to; classes declared to be the same share one. `base` is the head the base model had.
+    the experts' weights are fixed, r and s are 1 and w is 0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one
+    after the other. columns: for each of these classes, the output that it adds to; classes declared to be the same share one. `base`
+    is the head the base model had.
     """
 
     def __init__(self, base: nn.Linear, weight: Tensor, bias: Tensor, sizes: list[int], columns: list[int], name: str, router: Router):
@@ -37,6 +39,10 @@ class JointHead(nn.Module):
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
         self.outputs = max(columns, default=-1) + 1
         self.name, self.router = name, router
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "JointHead":
+        """Conversions, but the head's three numbers stay in fp32, as the gates do."""
+        return super()._apply(lambda tensor: fn(tensor) if tensor.ndim else moved(tensor, fn), recurse)
 
     @property
     def weight(self) -> Tensor:
@@ -70,9 +76,11 @@ class JointHead(nn.Module):
 
     def _router(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
         """Log-weights of the experts (B, E) and what the gates add for each class (B, C)."""
-        weights, classes = evidence.weights, evidence.classes
+        device = self.expert_weight.device
+        weights, classes = evidence.weights.to(device), evidence.classes
         if classes is None:
-            return weights.clamp_min(TINY).log(), weights.new_zeros(len(weights), len(self.columns))
+            return weights.clamp_min(TINY).log(), weights.new_zeros(weights.shape[0], len(self.columns))
+        classes = classes.to(device)
         router = (self.router_scale * self.classes.experts(classes)).log_softmax(-1)
         if self.router.top_k is not None and self.router.top_k < len(self.classes.sizes):
             kept = torch.where(weights > 0, router, math.log(TINY))
@@ -115,8 +123,8 @@ class SharedHead(nn.Module):
         current = current_pass(self.name)
         if current.settings.plain:
             return self.base(x)
-        weights = current.latest(x.shape[0], self.name).weights  # (B, E)
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        weights = current.latest(x.shape[0], self.name).weights.to(x.device)  # (B, E)
+        tokens = as_tokens(x)
         experts, classes, _ = self.expert_weight.shape
         bias = None if self.expert_bias is None else self.expert_bias.flatten()
         logits = F.linear(tokens, self.expert_weight.flatten(0, 1), bias)  # (B, N, E * C)

@@ -49,7 +49,7 @@ class MixtureLinear(nn.Module):
             rows, factor = self.rows[chosen].flatten(1), (weights[..., None] * self.used[chosen]).flatten(1)  # (B, k * r)
             low = torch.bmm(tokens, self.lora_A[rows].mT)  # (B, N, k * r)
             low = (low * factor[:, None]).to(y.dtype)
-            y.view(*tokens.shape[:2], -1).baddbmm_(low, self.lora_B.T[rows].to(y.dtype))
+            y.view(*tokens.shape[:2], y.shape[-1]).baddbmm_(low, self.lora_B.T[rows].to(y.dtype))
         else:
             low = F.linear(tokens, self.lora_A)  # (B, N, R)
             low = (low * weights[:, None, self.owner]).to(y.dtype)

@@ -1,12 +1,14 @@
 """What one forward pass of a mixture carries from gate to gate, visible to that pass alone."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
@@ -57,12 +59,14 @@ class Evidence:
 class Pass:
     """One forward pass of one mixture.
 
-    batches: the leading sizes of the pass's inputs. masks: 2-D attention masks by argument name. cached: whether earlier tokens
-    are in a cache, so that a mask may be longer than the tokens. evidence: by chain, the latest last. outer: the pass around it.
+    router: whose pass it is. batches: the leading sizes of the pass's inputs. masks: 2-D attention masks by argument name. cached:
+    whether earlier tokens are in a cache, so that a mask may be longer than the tokens. evidence: by chain, the latest last. outer:
+    the pass around it.
     """
 
+    router: "Router"
     settings: Settings
-    batches: set[int] = field(default_factory=set)
+    batches: list[int] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
     cached: bool = False
     evidence: dict[str, Evidence] = field(default_factory=dict)
@@ -71,7 +75,7 @@ class Pass:
     def latest(self, batch: int, name: str) -> Evidence:
         """The latest evidence on a batch of that size, for a layer that follows a chain. Raises MixtureError if there is none."""
         for evidence in reversed(self.evidence.values()):
-            if len(evidence.weights) == batch:
+            if evidence.weights.shape[0] == batch:
                 return evidence
         raise MixtureError(f"'{name}' gets a batch of {batch} that no gate has seen; a mixture needs the batch as the first dimension")
 
@@ -85,79 +89,97 @@ class Weights:
     tokens: int
 
 
-_pass: ContextVar[Pass | None] = ContextVar("pass", default=None)
-_weights: ContextVar[tuple[Weights, Any] | None] = ContextVar("weights", default=None)
-_settings: ContextVar[dict[int, Settings]] = ContextVar("settings", default={})
+class _Thread(threading.local):
+    """What a thread is doing: the pass under way, the weights of the block it is in, and, for compiled code, the settings."""
+
+    def __init__(self) -> None:
+        self.running: Pass | None = None
+        self.weights: tuple[Weights, Any] | None = None
+        self.settings: Mapping[int, Settings] = {}
+
+
+_thread = _Thread()
+# A pass never waits, so a thread's state is its own; a `with` block may, in an event loop, so settings belong to the context. Only
+# code that torch.compile made cannot read context variables: it sees what the thread set last.
+_settings: ContextVar[Mapping[int, Settings]] = ContextVar("settings", default=MappingProxyType({}))
 
 
 class Router:
     """Steers the passes of one mixture by hooks on its base model, on its blocks and on layers outside of any block.
 
-    All that a pass carries lies in context variables: a pass in another thread, a later pass or a backward pass that computes a
-    block again never sees it. inputs: names of the base model's arguments in order.
+    All that a pass carries belongs to its thread and ends with it: a pass in another thread or a later one never sees it, and a
+    backward pass that computes a block again is given that block's own weights. is_encoder_decoder: the decoder has its own mask.
     """
 
-    def __init__(self, inputs: tuple[str, ...], is_encoder_decoder: bool):
-        self.inputs, self.is_encoder_decoder = inputs, is_encoder_decoder
+    def __init__(self, is_encoder_decoder: bool):
+        self.is_encoder_decoder = is_encoder_decoder
         self.top_k: int | None = None
 
     @property
     def settings(self) -> Settings:
         """The settings of the innermost `with` block around the caller."""
-        return _settings.get().get(id(self), Settings())
+        every = _thread.settings if torch.compiler.is_dynamo_compiling() else _settings.get()
+        return every.get(id(self), Settings())
 
     @contextmanager
     def using(self, **changes: Any) -> Iterator[None]:
         """Change the settings of the passes in the block; those of other threads stay as they are."""
+        outer = _thread.settings
         token = _settings.set({**_settings.get(), id(self): replace(self.settings, **changes)})
+        _thread.settings = _settings.get()
         try:
             yield
         finally:
             _settings.reset(token)
+            _thread.settings = outer
 
     # ---- the hooks ----
 
-    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the base model runs: begin a pass."""
-        given = dict(zip(self.inputs, args, strict=False)) | kwargs
+    def begin(self, inputs: tuple[str, ...], model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the base model runs, or alone its encoder: begin a pass. inputs: names of the model's arguments in order."""
+        given = dict(zip(inputs, args, strict=False)) | kwargs
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim}
         masks = {name: value for name, value in tensors.items() if name.endswith("attention_mask") and value.ndim == 2}
-        batches = {value.shape[0] for value in tensors.values()}
-        _pass.set(Pass(self.settings, batches, masks, given.get("past_key_values") is not None, outer=_pass.get()))
+        batches = [value.shape[0] for value in tensors.values()]  # no set: a symbolic size of torch.export has no hash
+        _thread.running = Pass(self, self.settings, batches, masks, given.get("past_key_values") is not None, outer=_thread.running)
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
         """After the base model has run, or failed: end the pass."""
-        current = _pass.get()
-        _pass.set(current.outer if current is not None else None)
+        if _thread.running is not None:
+            _thread.running = _thread.running.outer
 
     def enter(self, unit: Unit, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a unit runs: weigh the experts for it."""
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()), None)
+        given = (*args, kwargs.get("hidden_states"), *kwargs.values())
+        x = next((value for value in given if isinstance(value, Tensor) and value.is_floating_point()), None)
         if x is None:
             raise MixtureError(f"'{unit.name}' got no tensor by which to weigh the experts")
-        values = self._weigh(unit, module, x)
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpoint is not None and not isinstance(checkpoint, _Restoring):
-            # Transformers computes a block again in the backward pass, when this pass is long over.
-            module._gradient_checkpointing_func = _Restoring(checkpoint)
-        _weights.set((Weights(values, x.shape[0], x.shape[1:-1].numel()), _weights.get()))
+        masked = any(isinstance(value, Tensor) and value.ndim > 1 and value is not x for value in given)
+        values = self._weigh(unit, module, x, masked)
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for part in module.modules():  # the backward pass may compute a block again, when this pass is long over
+                checkpoint = getattr(part, "_gradient_checkpointing_func", None)
+                if checkpoint is not None and not isinstance(checkpoint, Restoring):
+                    part._gradient_checkpointing_func = Restoring(checkpoint)
+        _thread.weights = Weights(values, x.shape[0], x.shape[1:-1].numel()), _thread.weights
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After a unit has run, or failed."""
-        current = _weights.get()
-        _weights.set(current[1] if current is not None else None)
+        if _thread.weights is not None:
+            _thread.weights = _thread.weights[1]
 
-    def _weigh(self, unit: Unit, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The experts' weights (B, E) in a unit, None where they are left out. x: (B, ..., D), its input."""
+    def _weigh(self, unit: Unit, module: nn.Module, x: Tensor, masked: bool) -> Tensor | None:
+        """The experts' weights (B, E) in a unit, None where they are left out. x: (B, ..., D), its input. masked: whether the unit
+        itself may have been given a mask."""
         current, batch = current_pass(unit.name), x.shape[0]
         settings, before = current.settings, None if unit.first else current.evidence.get(unit.chain)
-        if batch not in current.batches:
-            raise MixtureError(f"'{unit.name}' gets {batch} rows for inputs of {sorted(map(int, current.batches))}; a mixture needs "
+        if not any(batch == size for size in current.batches):
+            raise MixtureError(f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
                                "the batch as the first dimension")
         scores, gate = None, getattr(module, GATE, None)
         if gate is not None and (settings.features is not None or not (settings.plain or settings.fixed is not None)):
-            tokens = x.reshape(batch, -1, x.shape[-1])
-            features = gate.features(tokens, self._mask(current, unit.name, tokens.shape[1]))
+            tokens = as_tokens(x).to(gate.score.weight.device)
+            features = gate.features(tokens, self._mask(current, unit, tokens.shape[1], masked))
             if settings.features is not None:
                 settings.features[unit.name] = features
             scores = gate(features)  # (B, C)
@@ -170,7 +192,8 @@ class Router:
         else:
             if settings.scores is not None:
                 settings.scores[unit.name] = scores
-            total = gate.coefficient * scores if before is None else before.classes + gate.coefficient * scores
+            total = gate.coefficient * scores
+            total = total if before is None else before.classes.to(total.device) + total
             evidence = Evidence(total, gate.classes.weights(total, self.top_k, module.training))
         current.evidence.pop(unit.chain, None)
         current.evidence[unit.chain] = evidence
@@ -178,42 +201,51 @@ class Router:
             settings.record[unit.name] = evidence.weights
         return evidence.weights if settings.body is None else settings.body.to(x.device).expand(batch, -1)
 
-    def _mask(self, current: Pass, name: str, tokens: int) -> Tensor | None:
+    def _mask(self, current: Pass, unit: Unit, tokens: int, masked: bool) -> Tensor | None:
         """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.
 
         A mask counts if it is as long as the tokens are many. While a decoder generates with a cache, the mask covers earlier tokens
-        too, and the last N entries belong to these. In any other case, as where a model shortens its input, it is not used.
+        too, and the last N entries belong to these. In any other case, as where a model shortens its input, it is not used. Of several
+        towers only one that was given a mask has any.
         """
-        decoder = self.is_encoder_decoder and "encoder." not in name
+        encoder = self.is_encoder_decoder and "encoder." in unit.name
+        decoder = self.is_encoder_decoder and not encoder
         mask = current.masks.get("decoder_attention_mask" if decoder else "attention_mask")
-        if mask is None or tokens == 1 and not current.cached:
+        if mask is None or (tokens == 1 and not current.cached) or (unit.chain and not self.is_encoder_decoder and not masked):
             return None
-        if current.cached and mask.shape[1] > tokens:
+        if current.cached and not encoder and mask.shape[1] > tokens:
             return mask[:, -tokens:]
         return mask if mask.shape[1] == tokens else None
 
 
-class _Restoring:
-    """A checkpointing function of transformers that computes a block again with the weights of its own pass."""
+class Restoring:
+    """A checkpointing function of transformers that computes a block again with the weights of its own pass.
 
-    def __init__(self, checkpoint: Callable | None):
+    The weights are an argument of the block, so that also a reentrant checkpoint hands their gradient on.
+    """
+
+    def __init__(self, checkpoint: Callable):
         self.checkpoint = checkpoint
 
     def __call__(self, block: Callable, *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(_with_weights, _weights.get(), block), *args, **kwargs)
+        entry = _thread.weights
+        if entry is None:
+            return self.checkpoint(block, *args, **kwargs)
 
+        def again(values: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+            outer = _thread.weights
+            _thread.weights = replace(entry[0], values=values), outer
+            try:
+                return block(*args, **kwargs)
+            finally:
+                _thread.weights = outer
 
-def _with_weights(weights: tuple[Weights, Any] | None, block: Callable, *args: Any, **kwargs: Any) -> Any:
-    token = _weights.set(weights)
-    try:
-        return block(*args, **kwargs)
-    finally:
-        _weights.reset(token)
+        return self.checkpoint(again, entry[0].values, *args, **kwargs)
 
 
 def current_pass(name: str) -> Pass:
     """The pass under way. Raises MixtureError outside of one."""
-    current = _pass.get()
+    current = _thread.running
     if current is None:
         raise MixtureError(f"'{name}' belongs to a mixture: call the mixture or its base_model as a whole, not a part of it")
     return current
@@ -225,7 +257,7 @@ def per_image(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
     Some models fold tokens into the batch, such as Swin's windows (B * windows, T, D), or flatten both (B * T, D); images stay
     contiguous. Raises MixtureError where rows cannot be told to belong to images, as in layers that get chosen tokens only.
     """
-    entry = _weights.get()
+    entry = _thread.weights
     if entry is None:
         raise MixtureError(f"'{name}' belongs to a mixture: call the mixture or its base_model as a whole, not a part of it")
     weights, rows = entry[0], x.shape[0]
@@ -233,4 +265,11 @@ def per_image(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         x.ndim == 2 and rows == weights.batch * weights.tokens)
     if not folded:
         raise MixtureError(f"'{name}' gets {rows} rows in a block for a batch of {weights.batch}, which cannot be told apart by image")
-    return x.reshape(weights.batch, -1, x.shape[-1]), weights.values
+    values = weights.values if weights.values is None else weights.values.to(x.device)
+    tokens = as_tokens(x) if rows == weights.batch else x.reshape(weights.batch, -1, x.shape[-1])
+    return tokens, values
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """View (B, D) or (B, ..., D) as (B, N, D)."""
+    return x[:, None] if x.ndim == 2 else x.flatten(1, -2)

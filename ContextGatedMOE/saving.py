@@ -3,39 +3,41 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ContextGatedMOE import building
-from ContextGatedMOE.adapters import Expert, MixtureError
+from ContextGatedMOE import building, hub, identity
+from ContextGatedMOE.adapters import MixtureError
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.statistics import Statistics
 
 CONFIG_FILE = "cgm_config.json"
 WEIGHTS_FILE = "cgm_model.safetensors"
 STATISTICS_FILE = "cgm_statistics.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE, STATISTICS_FILE)
 FORMAT = 2
+NOT_ITS_OWN = ("base.", f"{building.GATE}.")  # tensors inside a layer that belong to the base or to its gate
 # What a configuration holds, and of what type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    "base_model": (str, type(None)), "base_class": str, "base_dtype": str, "base_fingerprint": str, "experts": list,
-    "classes": (dict, type(None)), "same": list, "gate_hidden": int, "top_k": (int, type(None)), "refuse_below": (float, type(None)),
+    "base_model": (str, type(None)), "base_class": str, "base_dtype": str, "base_fingerprint": str, "base_rounded": dict, "experts": list,
+    "classes": (dict, type(None)), "same": list, "gate_hidden": int, "top_k": (int, type(None)),
+    "refuse_below": (float, type(None)),
     "ranks": dict, "heads": list, "weights_sha256": str, "statistics_sha256": (str, type(None)),
 }
 
 
 class Saving:
-    """`save_pretrained` and `from_pretrained` of a mixture."""
+    """`save_pretrained`, `from_pretrained`, `push_to_hub` and `model_card` of a mixture."""
 
     def base_fingerprint(self) -> str:
         """SHA-256 over the frozen base tensors, without the heads that the experts replace."""
-        return fingerprint(self.base_model, self._head_names())
+        return identity.fingerprint(self.base_model, self._head_names())
 
     def _head_names(self) -> list[str]:
         return [name for name, layer in self.mixture_layers().items() if not isinstance(layer, MixtureLinear)]
@@ -47,10 +49,9 @@ class Saving:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        layers = self.mixture_layers()
-        parts = {**layers, **{f"{name}.{building.GATE}": gate for name, gate in self.gates().items()}}
-        tensors = {f"{name}.{key}": tensor.contiguous() for name, module in parts.items()
-                   for key, tensor in module.state_dict().items() if not key.startswith(("base.", f"{building.GATE}."))}
+        layers, heads = self.mixture_layers(), self._head_names()
+        tensors = {f"{name}.{key}": tensor.contiguous() for name, module in _parts(self).items()
+                   for key, tensor in module.state_dict().items() if not key.startswith(NOT_ITS_OWN)}
         sums = {f"{expert}/{layer}/{key}": tensor.contiguous() for expert, by_layer in self.statistics.items()
                 for layer, statistics in by_layer.items() for key, tensor in vars(statistics).items()}
         files = {WEIGHTS_FILE: tensors, **({STATISTICS_FILE: sums} if sums else {})}
@@ -60,16 +61,17 @@ class Saving:
             "format": FORMAT,
             "base_model": getattr(self.base_model, "name_or_path", "") or None,
             "base_class": type(self.base_model).__name__,
-            "base_dtype": str(next(self.base_model.parameters()).dtype).removeprefix("torch."),
+            "base_dtype": identity.dtype_of(self.base_model),
             "base_fingerprint": self.base_fingerprint(),
+            "base_rounded": {name: identity.fingerprint(self.base_model, heads, name) for name in identity.DTYPES},
             "experts": self.expert_names,
             "classes": self.classes,
             "same": self.same,
             "gate_hidden": self.gate_hidden,
             "top_k": self.top_k,
-            "refuse_below": self.refuse_below,
+            "refuse_below": None if self.refuse_below is None else float(self.refuse_below),
             "ranks": {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)},
-            "heads": self._head_names(),
+            "heads": heads,
             "weights_sha256": _file_digest(folder / f"{WEIGHTS_FILE}.part"),
             "statistics_sha256": _file_digest(folder / f"{STATISTICS_FILE}.part") if sums else None,
         }
@@ -83,62 +85,81 @@ class Saving:
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, base_model: nn.Module | None = None) -> Self:
+    def from_pretrained(cls, name: str | Path, base_model: nn.Module | None = None, *, revision: str | None = None, subfolder: str = "",
+                        token: str | bool | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+                        check_base: bool = True, **base_options: Any) -> Self:
         """Load what `save_pretrained` wrote, in evaluation mode.
 
-        base_model: the base to use; if None, the transformers model that was named when saving is loaded. Raises
-        MixtureError if the folder is missing, damaged, of another format, or the base is not the one it was made for.
+        name: a folder, or a Hub name "owner/name" with `revision` (branch, tag or commit), `subfolder`, `token`, `cache_dir` and
+        `local_files_only` as huggingface_hub takes them. base_model: the base to use; if None, the transformers model that was named when
+        saving is loaded, with `base_options` such as dtype or device_map. check_base: whether to make sure that the base is the
+        one the mixture was made for; the same weights in another floating-point type are. Raises MixtureError if the mixture is
+        missing, damaged, of another format, or the base is another one.
         """
-        folder = Path(folder)
+        hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = Path(name) if Path(name).is_dir() else hub.download(str(name), revision, subfolder, FILES, **hub_options)
+        folder = folder / subfolder
         config = read_config(folder)
         tensors, sums = read_tensors(folder, config)
-        base_model = _load_base(folder, config) if base_model is None else base_model
-        if fingerprint(base_model, config["heads"]) != config["base_fingerprint"]:
-            raise MixtureError(
-                f"this base model is not the one {folder} was made for ({config['base_model']}, {config['base_dtype']}): "
-                "its weights differ"
-            )
+        if base_model is None:
+            base_model = identity.load_base(folder, config, hub_options | base_options)
+        if check_base and not identity.is_same(base_model, config):
+            raise MixtureError(f"this base model is not the one {folder} was made for ({config['base_model']}, {config['base_dtype']}): "
+                               "its weights differ")
+        model = None
         try:
             sizes = [len(config["classes"][name]) if config["classes"] else 1 for name in config["experts"]]
-            experts = cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors)
+            experts = building.cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors)
             same = [[(expert, name) for expert, name in group] for group in config["same"]]
             model = cls(base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"])
-            parts = {**model.mixture_layers(), **{f"{name}.{building.GATE}": gate for name, gate in model.gates().items()}}
-            for name, module in parts.items():
-                own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-                kept = {key: value for key, value in module.state_dict().items() if key.startswith(("base.", f"{building.GATE}."))}
-                module.load_state_dict({key: value for key, value in own.items() if not key.startswith(f"{building.GATE}.")} | kept)
+            _load_parts(model, tensors)
             model.statistics = _cut_statistics(sums)
-        except MixtureError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (MixtureError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if model is not None:
+                model.unload()
+            if isinstance(error, MixtureError):
+                raise
             raise MixtureError(f"{folder} does not hold together: {' '.join(str(error).split())[:200]}") from error
         model.refuse_below = config["refuse_below"]
         return model.eval()
 
+    def push_to_hub(self, repo_id: str, *, figures: Mapping[str, Any] | None = None, made: str = "", revision: str | None = None,
+                    token: str | bool | None = None, private: bool | None = None,
+                    commit_message: str = "Upload a context gated mixture of experts", create_pr: bool = False) -> str:
+        """Upload what `save_pretrained` writes, and `model_card` as README.md, to the Hub. Returns the address of the commit.
 
-def plain_state(base_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A base model's own parameters and saved buffers by their plain names, whether or not it is part of a mixture."""
-    layers = building.mixture_layers(base_model)
-    for name, tensor in base_model.state_dict().items():
-        owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
-        if owner is not None:
-            if name.startswith(f"{owner}.base."):
-                yield f"{owner}.{name.removeprefix(f'{owner}.base.')}", tensor
-        elif f"{building.GATE}." not in name:
-            yield name, tensor
+        figures, made: as for `model_card`. The other arguments are those of huggingface_hub's `upload_folder` and `create_repo`.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(self.model_card(figures, made, repo_id), encoding="utf-8")
+            return hub.upload(folder, repo_id, revision, token, private, commit_message, create_pr)
+
+    def model_card(self, figures: Mapping[str, Any] | None = None, made: str = "", repo_id: str = "OWNER/NAME") -> str:
+        """A README.md for the Hub: base, experts, classes, how the mixture was made, and its figures.
+
+        figures: what was measured, by name, such as {"accuracy on 800 test images": 0.95}. made: sentences on how it was made, besides
+        what the mixture knows itself. repo_id: its name in the example.
+        """
+        return hub.card(self, figures or {}, made, repo_id)
 
 
-def fingerprint(base_model: nn.Module, heads: list[str]) -> str:
-    """SHA-256 over a model's own parameters and saved buffers, without the layers named `heads`."""
-    digest = hashlib.sha256()
-    replaced = tuple(f"{name}." for name in heads)
-    for name, tensor in sorted(plain_state(base_model), key=lambda entry: entry[0]):
-        if replaced and name.startswith(replaced):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers and gates of a mixture by the names that their tensors have on disk."""
+    return {**model.mixture_layers(), **{f"{name}.{building.GATE}": gate for name, gate in model.gates().items()}}
+
+
+def _load_parts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill layers and gates. Raises RuntimeError unless there is exactly what they need."""
+    left = set(tensors)
+    for name, module in _parts(model).items():
+        kept = {key: value for key, value in module.state_dict().items() if key.startswith(NOT_ITS_OWN)}
+        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        own = {key: value for key, value in own.items() if not key.startswith(NOT_ITS_OWN)}
+        module.load_state_dict(own | kept)
+        left -= {f"{name}.{key}" for key in own}
+    if left:
+        raise RuntimeError(f"it holds {', '.join(sorted(left)[:3])}, which no part of it needs")
 
 
 def _file_digest(path: Path) -> str:
@@ -174,37 +195,6 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor
         except (OSError, SafetensorError) as error:
             raise MixtureError(f"{folder / name} cannot be read: {error}") from error
     return contents[0], contents[1]
-
-
-def _load_base(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """Load the transformers model the mixture was saved on, as it was published; the experts bring their heads."""
-    name, kind = config["base_model"], getattr(transformers, config["base_class"], None)
-    if not name or kind is None:
-        raise MixtureError(f"{folder} was made on a {config['base_class']} that has no name; pass base_model=...")
-    try:
-        return kind.from_pretrained(name, dtype=config["base_dtype"])
-    except Exception as error:  # transformers raises many kinds for what is missing or does not fit
-        reason = " ".join(str(error).split())[:300]
-        raise MixtureError(f"the base model {name} of {folder} cannot be loaded; pass base_model=... ({reason})") from error
-
-
-def cut_experts(names: list[str], ranks: dict[str, list[int]], heads: list[str], sizes: list[int],
-                tensors: dict[str, Tensor]) -> list[Expert]:
-    """Cut stacked tensors, keyed "<layer>.<tensor>", into experts again. sizes: number of classes of each expert."""
-    experts = [Expert(name) for name in names]
-    for layer, own in ranks.items():
-        downs, ups = tensors[f"{layer}.lora_A"].split(own), tensors[f"{layer}.lora_B"].split(own, dim=1)
-        for expert, down, up in zip(experts, downs, ups, strict=True):
-            if down.shape[0]:
-                expert.updates[layer] = (down, up)
-    for layer in heads:
-        weights = tensors[f"{layer}.expert_weight"]
-        biases = tensors.get(f"{layer}.expert_bias", [None] * len(experts))
-        if weights.ndim == 2:  # one after the other
-            weights, biases = weights.split(sizes), biases.split(sizes)
-        for expert, weight, bias in zip(experts, weights, biases, strict=True):
-            expert.heads[layer] = (weight, bias)
-    return experts
 
 
 def _cut_statistics(sums: dict[str, Tensor]) -> dict[str, dict[str, Statistics]]:

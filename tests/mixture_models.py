@@ -1,7 +1,7 @@
-"""Tiny base models, random adapters on disk, and the mixture's formula as a plain loop, for the tests of the mixture."""
+"""Tiny base models, random experts in memory and adapters on disk, and the mixture's formula as a plain loop."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ContextGatedMOE import ContextGatedMOE
+from ContextGatedMOE import ContextGatedMOE, Expert
 
 VISION = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8, num_labels=3)
 TEXT = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32)
@@ -102,6 +102,24 @@ def _translations(size: int) -> dict[str, Tensor]:
             "decoder_input_ids": torch.randint(1, 40, (size, 4))}
 
 
+def _wav2vec2() -> nn.Module:
+    return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), conv_stride=(4, 4),
+        conv_kernel=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_labels=3,
+        classifier_proj_size=8, hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, final_dropout=0.0))
+
+
+def _clip() -> nn.Module:
+    text = dict(TEXT, projection_dim=8, eos_token_id=39)
+    vision = dict(VISION, projection_dim=8)
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+def _texts_and_images(size: int) -> dict[str, Tensor]:  # 5 tokens of a text, as there are of an image
+    return {"input_ids": torch.randint(1, 39, (size, 5)), "attention_mask": torch.ones(size, 5, dtype=torch.long),
+            "pixel_values": torch.randn(size, 3, 16, 16)}
+
+
 CASES = {
     "beit": Case(beit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
     "vit": Case(_vit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
@@ -110,6 +128,8 @@ CASES = {
     "llama": Case(llama, lambda size: {"input_ids": torch.randint(0, 40, (size, 6))}, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head"),
     "plain": Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head"),
 }
+CLIP = Case(_clip, _texts_and_images, ("q_proj", "v_proj"), ("fc1",), "visual_projection")
+WAV2VEC2 = Case(_wav2vec2, lambda size: {"input_values": torch.randn(size, 400)}, ("q_proj", "v_proj"), ("output_dense",), "classifier")
 T5 = Case(_t5, _translations, ("q",), ("wi",), "lm_head")  # encoder and decoder, each with tokens of its own
 
 
@@ -138,17 +158,75 @@ def save_experts(case: Case, folder: Path) -> dict[str, Path]:
     return {name: save_adapter(case.build(), folder / name, seed, **own) for seed, (name, own) in enumerate(options.items())}
 
 
+def experts(case: Case, names: Sequence[str] = ("a", "b", "c"), sizes: Sequence[int] = (), seed: int = 0) -> list[Expert]:
+    """Experts of random tensors, of ranks 1, 2, 3 ..., of which every second adapts fewer layers.
+
+    sizes: number of classes of each, which then has a head of its own.
+    """
+    torch.manual_seed(500 + seed)
+    layers = {name: layer for name, layer in case.build().named_modules() if isinstance(layer, nn.Linear)}
+    made = []
+    for number, name in enumerate(names):
+        wanted = case.first if number % 2 else (*case.first, *case.second)
+        chosen = {layer: module for layer, module in layers.items() if any(layer == end or layer.endswith(f".{end}") for end in wanted)}
+        updates = {layer: (torch.randn(number + 1, module.in_features) * 0.3, torch.randn(module.out_features, number + 1) * 0.3)
+                   for layer, module in chosen.items()}
+        width = layers[case.head].in_features
+        heads = {case.head: (torch.randn(sizes[number], width), torch.randn(sizes[number]))} if sizes else {}
+        made.append(Expert(name, updates, heads))
+    return made
+
+
+CLASSES = {"a": ["x", "y"], "b": ["x", "z", "u", "v", "w"], "c": ["only"]}
+
+
+def joint(case: Case, classes: Mapping[str, Sequence[str]] = CLASSES, fit: bool = False, **options: object) -> ContextGatedMOE:
+    """A mixture of random experts that answers among all their classes, its gates random or fitted to random images."""
+    sizes = [len(own) for own in classes.values()]
+    model = ContextGatedMOE(case.build(), experts(case, list(classes), sizes), classes, gate_hidden=8, **options)
+    if fit:
+        model.fit_gates({name: labelled(case, number, len(own)) for number, (name, own) in enumerate(classes.items())})
+        return model
+    return randomise_gates(model)
+
+
+def shared(case: Case, **options: object) -> ContextGatedMOE:
+    """A mixture of random experts that share the base's head, its gates random."""
+    return randomise_gates(ContextGatedMOE(case.build(), experts(case), gate_hidden=8, **options))
+
+
+def labelled(case: Case, seed: int, classes: int, size: int = 24) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Images of one expert in batches of several sizes, with labels that they tell of."""
+    labels = torch.arange(size) % classes
+    inputs = case.batch(size, seed)
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point():
+            shift = (labels + 3 * seed).view(-1, *[1] * (tensor.ndim - 1))
+            inputs[name] = tensor + torch.sin(shift * torch.arange(tensor.shape[-1])) * 2
+    return [(rows(inputs, chosen.tolist()), labels[chosen]) for chosen in torch.arange(size).split(7)]
+
+
 def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:
-    """Fill the gates with random numbers, so that every image has weights of its own in every layer."""
+    """Fill the gates with random numbers, so that every image has weights of its own in every block."""
     torch.manual_seed(300 + seed)
-    for parameter in model.gate_parameters():
-        parameter.data.normal_()
+    with torch.no_grad():
+        for gate in model.gates().values():
+            gate.score.weight.normal_(std=0.1)
+            gate.score.bias.normal_(std=0.3)
+            gate.coefficient.fill_(0.3)
     return model
 
 
 def mixture(case: Case, adapters: dict[str, Path], gates: int = 0, **options: object) -> ContextGatedMOE:
-    """A mixture on a fresh base, its gates randomised."""
+    """A mixture of adapters on disk on a fresh base, its gates random."""
     return randomise_gates(ContextGatedMOE.from_adapters(case.build(), adapters, **options), gates)
+
+
+def recorded(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The experts' weights in one pass, by layer."""
+    with model.record_gates() as gates:
+        logits(model, inputs)
+    return gates
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

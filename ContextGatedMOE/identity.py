@@ -1,0 +1,95 @@
+"""Which base model a mixture belongs to: known by its weights, whatever floating-point type they are loaded in."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ContextGatedMOE import building
+from ContextGatedMOE.adapters import MixtureError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def plain_state(base_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A base model's own parameters and saved buffers by their plain names, whether or not it is part of a mixture."""
+    layers = building.mixture_layers(base_model)
+    for name, tensor in base_model.state_dict().items():
+        owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if owner is not None:
+            if name.startswith(f"{owner}.base."):
+                yield f"{owner}.{name.removeprefix(f'{owner}.base.')}", tensor
+        elif f"{building.GATE}." not in name:
+            yield name, tensor
+
+
+def fingerprint(base_model: nn.Module, heads: Sequence[str], dtype: str | None = None) -> str:
+    """SHA-256 over a model's own parameters and saved buffers, without the layers named `heads`.
+
+    dtype: one of `DTYPES` to which floating-point tensors are rounded first; None for as they are.
+    """
+    digest = hashlib.sha256()
+    replaced = tuple(f"{name}." for name in heads)
+    for name, tensor in sorted(plain_state(base_model), key=lambda entry: entry[0]):
+        if replaced and name.startswith(replaced):
+            continue
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def dtype_of(base_model: nn.Module) -> str:
+    """The type of a model's first parameter, such as "float32"."""
+    return str(next(base_model.parameters()).dtype).removeprefix("torch.")
+
+
+def is_same(base_model: nn.Module, config: Mapping[str, Any]) -> bool:
+    """Whether a base model has the weights that a mixture's configuration tells of, or what rounding makes of the same weights.
+
+    A fingerprint of every type was kept, so this is no matter of tolerance. Only bf16 and fp16 of one fp32 model cannot be known to
+    belong together.
+    """
+    heads, kept, rounded = config["heads"], config["base_dtype"], config["base_rounded"]
+    if fingerprint(base_model, heads) == config["base_fingerprint"]:
+        return True
+    own = dtype_of(base_model)
+    if own == kept:
+        return False
+    # The base was rounded from what was saved, or widened; or what was saved had been rounded from this base.
+    return any(fingerprint(base_model, heads, dtype) == rounded.get(dtype)
+               for dtype in dict.fromkeys((own, *([kept] if own == "float32" else []))) if dtype in DTYPES)
+
+
+def load_base(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
+    """Load the transformers model the mixture was saved on, as it was published; the experts bring their heads."""
+    name, kind = config["base_model"], getattr(transformers, config["base_class"], None)
+    if not name or kind is None:
+        raise MixtureError(f"{folder} was made on a {config['base_class']} that has no name; pass base_model=...")
+    try:
+        with _quiet():
+            return kind.from_pretrained(name, **{"dtype": config["base_dtype"], **options})
+    except Exception as error:  # transformers raises many kinds for what is missing or does not fit
+        reason = " ".join(str(error).split())[:300]
+        raise MixtureError(f"the base model {name} of {folder} cannot be loaded; pass base_model=... ({reason})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No table of head weights that are new, which is as it should be here, and no progress bar."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

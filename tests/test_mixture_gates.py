@@ -1,0 +1,247 @@
+"""Tests of the gates: recorded, fixed, chosen, fitted in closed form from sums that add up, and trained."""
+
+import copy
+
+import pytest
+import torch
+from mixture_models import (
+    CASES,
+    CLASSES,
+    WAV2VEC2,
+    assert_close,
+    assert_same_tensors,
+    experts,
+    joint,
+    labelled,
+    logits,
+    recorded,
+    rows,
+    shared,
+)
+from torch import Tensor, nn
+
+from ContextGatedMOE import ContextGatedMOE, MixtureError
+from ContextGatedMOE.gate import Gate, select
+from ContextGatedMOE.statistics import Statistics
+
+BEIT, BERT, LLAMA, PLAIN = CASES["beit"], CASES["bert"], CASES["llama"], CASES["plain"]
+
+
+def images(case=BEIT, seed: int = 0) -> dict[str, list]:
+    """Batches of every expert's images."""
+    return {name: labelled(case, number + seed, len(own)) for number, (name, own) in enumerate(CLASSES.items())}
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_gates_are_one_row_an_image_that_sums_to_one():
+    for case in (*CASES.values(), WAV2VEC2):
+        model = shared(case)
+        with model.record_gates() as gates:
+            model(**case.batch(3))
+        assert set(model.gates()) <= set(gates)
+        for weights in gates.values():
+            assert weights.shape == (3, 3) and weights.dtype == torch.float32
+            assert_close(weights.sum(1), torch.ones(3))
+        list(gates.values())[-1][:, 0].sum().backward()  # evidence is carried on: the last weights reach every gate
+        assert all(gate.score.weight.grad.abs().sum() > 0 for gate in model.gates().values())
+        gates.clear()
+        logits(model, case.batch(2))
+        assert gates == {}
+
+
+def test_new_gates_weigh_all_experts_alike():
+    model = ContextGatedMOE(BEIT.build(), experts(BEIT))
+    for weights in recorded(model, BEIT.batch(2)).values():
+        assert_close(weights, torch.full((2, 3), 1 / 3))
+
+
+def test_fixed_gates_nest_and_are_forgotten():
+    model, inputs = joint(BEIT), BEIT.batch(2)
+    before = logits(model, inputs)
+    with model.fixed_gates({"c": 0.5, "a": 2.0}):
+        outer = logits(model, inputs)
+        assert all(weights.tolist() == [[2.0, 0.0, 0.5]] * 2 for weights in recorded(model, inputs).values())
+        with pytest.raises(KeyError), model.fixed_gates({"b": 1.0}):
+            assert not torch.equal(logits(model, inputs), outer)
+            raise KeyError
+        assert torch.equal(logits(model, inputs), outer)
+    with pytest.raises(MixtureError, match="nobody"), model.fixed_gates({"a": 1.0, "nobody": 1.0}):
+        pass
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_the_largest_weights_are_kept_and_the_gradient_is_that_of_all():
+    evidence = torch.tensor([[1.0, 3.0, 2.0], [0.5, -1.0, 0.0]], requires_grad=True)
+    direction = torch.tensor([[0.3, -1.0, 0.7], [2.0, 0.1, -0.4]])
+    (evidence.softmax(1) * direction).sum().backward()
+    expected_gradient, kept_of = evidence.grad.clone(), {1: [[0, 1, 0], [1, 0, 0]], 2: [[0, 1, 1], [1, 0, 1]], 3: [[1] * 3] * 2}
+    for top_k, kept in kept_of.items():
+        weights = evidence.softmax(1)
+        expected = torch.tensor(kept) * weights
+        for training in (True, False):
+            evidence.grad = None
+            selected = select(weights, top_k, training)
+            assert_close(selected, expected / expected.sum(1, keepdim=True))
+        evidence.grad = None
+        (select(evidence.softmax(1), top_k, True) * direction).sum().backward()
+        assert_close(evidence.grad, expected_gradient)  # once: the norm that the docstring promises, not twice
+    inputs = BEIT.batch(2)
+    assert torch.equal(logits(joint(BEIT, top_k=5), inputs), logits(joint(BEIT), inputs))
+    assert all(((weights > 0).sum(1) == 1).all() for weights in recorded(joint(BEIT, top_k=1), inputs).values())
+
+
+def test_only_gates_are_trained():
+    for case, make in ((BEIT, joint), (PLAIN, joint), (LLAMA, shared)):
+        model = make(case).train()
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {id(p) for p in model.gate_parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
+        assert all(".context_gate." in name or name.rpartition(".")[2] in ("router_scale", "expert_scale", "class_share")
+                   for name in trainable)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        output = model(**case.batch(4))
+        (output if isinstance(output, Tensor) else output.logits).square().mean().backward()
+        optimizer.step()
+        assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == trainable
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_add_up():
+    torch.manual_seed(0)
+    features, labels = torch.randn(60, 7) * torch.logspace(-3, 3, 7) + 5, torch.arange(60) % 4
+    whole, order = Statistics.of(features, labels, 4), torch.randperm(60)
+    for cut in (0, 1, 30, 59):
+        parts = [Statistics.of(features[chosen], labels[chosen], 4) for chosen in (order[:cut], order[cut:])]
+        for name in ("counts", "means", "scatter"):
+            torch.testing.assert_close(getattr(parts[0] + parts[1], name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+    centred = features.double() - whole.means[labels]
+    torch.testing.assert_close(whole.scatter, centred.T @ centred)
+    back = Statistics.from_tensors(whole.tensors())
+    assert all(torch.equal(tensor, whole.tensors()[name]) for name, tensor in back.tensors().items())
+
+
+def test_images_fit_the_gates_whatever_their_batches_and_in_any_type():
+    whole = joint(BEIT, fit=True)
+    inputs = {name: torch.cat([batch["pixel_values"] for batch, _ in own]) for name, own in images().items()}
+    labels = {name: torch.cat([label for _, label in own]) for name, own in images().items()}
+    for shape in (lambda name: (inputs[name], labels[name]), lambda name: [{"pixel_values": inputs[name], "labels": labels[name]}],
+                  lambda name: ((inputs[name][i : i + 1], labels[name][i : i + 1]) for i in range(len(labels[name])))):
+        model = joint(BEIT)
+        model.fit_gates({name: shape(name) for name in CLASSES})
+        for gate, expected in zip(model.gates().values(), whole.gates().values(), strict=True):
+            assert (gate.score.weight - expected.score.weight).abs().max() < 1e-3 * expected.score.weight.abs().max()
+    half = joint(BEIT)
+    for name in CLASSES:  # an expert after the other: what is known of the others is used
+        half.statistics.pop(name, None)
+        half.statistics = {**half.statistics, name: whole.statistics[name]}
+    half.fit_gates({"b": images()["b"]})
+    assert_same_tensors({k: v for k, v in half.state_dict().items() if "score" in k},
+                        {k: v for k, v in whole.state_dict().items() if "score" in k})
+    chosen = torch.cat([recorded(whole, {"pixel_values": inputs[name]})["beit.layers.1"].argmax(1) == n for n, name in enumerate(CLASSES)])
+    assert chosen.float().mean() > 0.95
+
+
+def test_padding_is_no_part_of_features_or_statistics():
+    gate = Gate(6, 5, [2, 3])
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 9, 6)
+    for size in (1, 3, 4, 9):
+        mask = (torch.arange(14) < size).long().expand(2, -1)
+        padded = torch.cat([tokens[:, :size], torch.full((2, 14 - size, 6), 1e3)], 1)
+        expected = gate.features(tokens[:, :size])
+        assert_close(gate.features(padded, mask), expected)
+        assert_close(gate.features(padded.flip(1), mask.flip(1).bool()), gate.features(tokens[:, :size].flip(1)))
+    model = shared(BERT)
+    texts = {name: [BERT.batch(8, seed)] for seed, name in enumerate("abc")}
+    fill = {name: [{**own[0], "input_ids": torch.where(own[0]["attention_mask"].bool(), own[0]["input_ids"], 7)}] for name, own in texts.items()}
+    found = []
+    for chosen in (texts, fill):
+        model.fit_gates(chosen)
+        found.append([parameter.clone() for parameter in model.gate_parameters()])
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*found, strict=True))
+
+
+def test_familiarity_is_an_image_s_own_and_knows_strangers():
+    model, inputs = joint(BEIT, fit=True), BEIT.batch(5)
+    whole = model.train().predict(**inputs)
+    assert model.training and whole.logits.shape == (5, 8) and list(whole.gates) == ["beit.layers.0", "beit.layers.1"]
+    assert whole.familiarity.shape == (5,) and (whole.familiarity.abs() <= 1 + 1e-6).all()
+    for image in range(5):
+        alone = model.predict(**rows(inputs, [image]))
+        assert_close(alone.familiarity, whole.familiarity[[image]])
+        assert_close(alone.logits, whole.logits[[image]])
+    known = model.predict(**images()["b"][0][0]).familiarity.mean()
+    torch.manual_seed(5)
+    assert known > model.predict(pixel_values=torch.rand(7, 3, 16, 16) * 3).familiarity.mean()
+    assert joint(BEIT).predict(**inputs).familiarity is None
+    frozen = joint(BEIT).train()
+    frozen.base_model.beit.eval()
+    modes = [module.training for module in frozen.modules()]
+    frozen.predict(**inputs)
+    assert [module.training for module in frozen.modules()] == modes
+
+
+def joint_loss(model: ContextGatedMOE, batches: dict[str, list]) -> float:
+    """The mean negative log-likelihood of the joint answer."""
+    losses = [nn.functional.nll_loss(logits(model, inputs), torch.tensor(model.columns[name])[labels], reduction="none")
+              for name, own in batches.items() for inputs, labels in own]
+    return torch.cat(losses).mean().item()
+
+
+def test_validation_images_choose_the_numbers():
+    model, other = joint(BEIT), images()
+    hard = {name: [(BEIT.batch(20, 30 + number), torch.arange(20) % len(CLASSES[name]))] for number, name in enumerate(CLASSES)}
+    model.fit_gates(other)
+    before = joint_loss(model, hard)
+    model.fit_gates({}, hard)  # pure noise: what the gates say of it is to count for little
+    assert joint_loss(model, hard) < before - 1
+    with pytest.raises(MixtureError, match="without classes="):
+        shared(BERT).fit_gates({name: [BERT.batch(4)] for name in "abc"}, {"a": [BERT.batch(4)]})
+    for wrong, message in (({"z": []}, "'z'"), ({"a": other["a"]}, "no images of expert 'b'"), ({**other, "a": []}, "no images of 2"),
+                           ({**other, "a": other["b"]}, "labelled 4"), ({**other, "a": [(other["a"][0][0], torch.zeros(7).long())]}, "of 1")):
+        with pytest.raises(MixtureError, match=message):
+            joint(BEIT).fit_gates(wrong)
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def loader(model: ContextGatedMOE) -> list:
+    """Images of all experts in one list of batches, with output numbers as labels."""
+    return [(inputs, torch.tensor(model.columns[name])[labels]) for name, own in images().items() for inputs, labels in own]
+
+
+def test_training_lowers_the_joint_loss_and_keeps_the_best():
+    for case in (BEIT, PLAIN):
+        model = joint(case).eval()
+        batches = [(inputs, torch.tensor(model.columns[name])[labels]) for name, own in images(case).items() for inputs, labels in own]
+        before = joint_loss(model, images(case))
+        frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+        history = model.train_gates(batches, batches, epochs=3, learning_rate=0.02)
+        after = joint_loss(model, images(case))
+        assert [entry["epoch"] for entry in history] == [0, 1, 2, 3] and abs(history[0]["validation_loss"] - before) < 1e-4
+        assert after < before and abs(min(entry["validation_loss"] for entry in history) - after) < 1e-4
+        assert not any(module.training for module in model.modules())
+        assert_same_tensors({name: p for name, p in model.named_parameters() if not p.requires_grad}, frozen)
+
+
+def test_training_that_makes_it_worse_or_fails_leaves_the_start():
+    model = joint(BEIT, fit=True).eval()
+    start = copy.deepcopy(model.state_dict())
+    wrong = [(inputs, (labels + 3) % 8) for inputs, labels in loader(model)]
+    model.train_gates(wrong, loader(model), epochs=2, learning_rate=0.1)
+    assert_same_tensors(model.state_dict(), start)
+    spoilt = [*loader(model), ({"pixel_values": torch.full((1, 3, 16, 16), float("nan"))}, torch.zeros(1).long())]
+    for batches, message in ((spoilt, "the loss is nan"), ([], "no batches"), (iter(loader(model)), "read once only")):
+        with pytest.raises(MixtureError, match=message):
+            model.train_gates(batches, epochs=2, learning_rate=0.1)
+        assert_same_tensors(model.state_dict(), start)
+        assert not any(module.training for module in model.modules())
+    model.train_gates(loader(model), epochs=1)
+    assert not torch.equal(next(iter(model.gates().values())).score.weight, start["base_model.beit.layers.0.context_gate.score.weight"])
+    with pytest.raises(MixtureError, match="no gates"):
+        ContextGatedMOE(BEIT.build(), []).train_gates(loader(model))
