@@ -149,8 +149,9 @@ def _collect(name: str, model: nn.Module) -> Expert:
         elif isinstance(module, ModulesToSaveWrapper):
             head = module.modules_to_save["expert"]
             if type(head) is not nn.Linear:
-                raise MixtureError(f"expert '{name}' replaces '{layer}', a {type(head).__name__}; only heads that are nn.Linear "
-                                   "can be mixed")
+                raise MixtureError(
+                    f"expert '{name}' replaces '{layer}', a {type(head).__name__}; only heads that are nn.Linear can be mixed"
+                )
             bias = None if head.bias is None else _loaded(name, layer, head.bias)
             expert.heads[layer] = (_loaded(name, layer, head.weight), bias)
     if not expert.updates and not expert.heads:
@@ -186,13 +187,15 @@ def head_of(expert: Expert, layer: str, base: nn.Linear) -> tuple[Tensor, Tensor
 
 
 def refuse_packed(base_model: nn.Module) -> None:
-    """Raise MixtureError if weights of the base are packed in 4 or 8 bits: experts mix exactly with floating-point weights only."""
+    """Raise MixtureError if weights of the base are packed in 4 or 8 bits; experts mix exactly with floating-point ones."""
     for name, layer in plain_layers(base_model).items():
         weight = getattr(layer, "weight", None)
         packed = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(layer).__mro__)
         if packed or (isinstance(layer, nn.Linear) and isinstance(weight, Tensor) and not weight.is_floating_point()):
-            raise MixtureError(f"the base model's '{name}' is a {type(layer).__name__} with weights in 4 or 8 bits; load the base in "
-                               "bf16, fp16 or fp32 to mix experts on it")
+            raise MixtureError(
+                f"the base model's '{name}' is a {type(layer).__name__} with weights in 4 or 8 bits; load the base in "
+                "bf16, fp16 or fp32 to mix experts on it"
+            )
 
 
 def check_fit(expert: Expert, base_model: nn.Module) -> None:
@@ -234,15 +237,19 @@ def check_together(experts: Sequence[Expert], base_model: nn.Module, classes: Ma
         return check_heads(experts, base_model)
     for name in {*classes, *names}:
         if name not in classes or name not in names:
-            raise MixtureError(f"classes=... names {name!r}, which is no expert" if name in classes else f"expert {name!r} has no classes")
+            raise MixtureError(
+                f"classes=... names {name!r}, which is no expert" if name in classes else f"expert {name!r} has no classes"
+            )
     for expert in experts:
         own = list(classes[expert.name])
         if isinstance(classes[expert.name], str) or len(set(own)) < max(1, len(own)):
             raise MixtureError(f"expert {expert.name!r} needs one or more different classes, not {', '.join(own) or 'none'}")
         for layer, (weight, _) in expert.heads.items():
             if len(weight) != len(own):
-                raise MixtureError(f"expert {expert.name!r} has a head of {len(weight)} outputs at '{layer}' for {len(own)} classes "
-                                   f"({', '.join(own)})")
+                raise MixtureError(
+                    f"expert {expert.name!r} has a head of {len(weight)} outputs at '{layer}' for {len(own)} classes "
+                    f"({', '.join(own)})"
+                )
 
 
 def stack_updates(experts: list[Expert], layer: str, like: Tensor) -> tuple[Tensor, Tensor, list[int]]:

@@ -39,7 +39,9 @@ class Parts:
     router: Router
 
 
-def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: list[int] | None, hidden: int, router: Router) -> Parts:
+def make(
+    model: nn.Module, experts: list[Expert], sizes: list[int], columns: list[int] | None, hidden: int, router: Router
+) -> Parts:
     """The parts for a plain model, which stays as it is.
 
     sizes: number of classes of each expert, as the gates know them. columns: for each class of each expert the output it
@@ -49,8 +51,10 @@ def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: lis
     replaced = {layer for expert in experts for layer in expert.heads}
     adapted = {layer for expert in experts for layer in expert.updates} - replaced
     if columns is not None and len(replaced) != 1:
-        raise MixtureError(f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
-                           f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space")
+        raise MixtureError(
+            f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
+            f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space"
+        )
     layers: dict[str, MixtureLayer] = {}
     for name in [name for name, _ in model.named_modules() if name in replaced | adapted]:
         base = model.get_submodule(name)
@@ -67,7 +71,9 @@ def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: lis
     return Parts(layers, units, router)
 
 
-def _head(experts: list[Expert], name: str, base: nn.Linear, sizes: list[int], columns: list[int] | None, router: Router) -> MixtureLayer:
+def _head(
+    experts: list[Expert], name: str, base: nn.Linear, sizes: list[int], columns: list[int] | None, router: Router
+) -> MixtureLayer:
     """The head that stands for all experts' own."""
     heads = [head_of(expert, name, base) for expert in experts]
     weights = [weight.to(base.weight) for weight, _ in heads]
@@ -230,8 +236,15 @@ def output_columns(names: Sequence[str], classes: Mapping[str, Sequence[str]],
                 continue
             if group is not None:
                 column_of[group] = len(labels)
-            sharing = [expert] if group is None else [other for other in names if any((other, c) in group_of and group_of[other, c] == group
-                                                                                     for c in classes[other])]
+            sharing = (
+                [expert]
+                if group is None
+                else [
+                    other
+                    for other in names
+                    if any((other, c) in group_of and group_of[other, c] == group for c in classes[other])
+                ]
+            )
             columns.append(len(labels))
             labels.append((expert, name))
             called.append(f"{' / '.join(sharing)}: {name}")

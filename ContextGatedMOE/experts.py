@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ContextGatedMOE import building, fitting
-from ContextGatedMOE.adapters import Expert
+from ContextGatedMOE.adapters import Expert, MixtureError
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.statistics import Statistics, discriminant
 
@@ -56,11 +57,41 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
         raise
 
 
+def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches]) -> None:
+    """See `ContextGatedMOE.fit_gates`."""
+    unknown = sorted({*images, *validation} - set(model.expert_names))
+    missing = sorted(set(model.expert_names) - set(images) - set(model.statistics))
+    if unknown:
+        raise MixtureError(f"no expert is called {unknown[0]!r}")
+    if missing:
+        raise MixtureError(f"there are no images of expert {missing[0]!r}")
+    if validation and model.joint_head is None:
+        raise MixtureError(
+            "validation images choose how much the head of all classes believes the gates; without classes=... there is "
+            "no such head"
+        )
+    before, statistics = [parameter.detach().clone() for parameter in model.gate_parameters()], model.statistics
+    buffers = {name: [buffer.clone() for buffer in gate.buffers()] for name, gate in model.gates().items()}
+    try:
+        with model.evaluating():
+            model.statistics = {**statistics, **gather(model, images)}
+            solve(model)
+            if validation:
+                fitting.calibrate(model, validation)
+    except BaseException:
+        model.statistics = statistics
+        with torch.no_grad():
+            for parameter, value in zip(model.gate_parameters(), before, strict=True):
+                parameter.copy_(value)
+            for name, gate in model.gates().items():
+                for buffer, value in zip(gate.buffers(), buffers[name], strict=True):
+                    buffer.copy_(value)
+        raise
+
+
 def gather(model: nn.Module, images: Mapping[str, fitting.Batches]) -> dict[str, dict[str, Statistics]]:
-    """Statistics of experts' images, {expert: {layer: statistics}}, as exact as they are on disk: saving changes nothing."""
-    found = {name: fitting.gather(model, name, own, model.sizes[model.expert_names.index(name)]) for name, own in images.items()}
-    return {name: {layer: Statistics.from_tensors(sums.tensors()) for layer, sums in by_layer.items()}
-            for name, by_layer in found.items()}
+    """Statistics of experts' images, {expert: {layer: statistics}}, from one pass through the plain base model."""
+    return {name: fitting.gather(model, name, own, model.sizes[model.expert_names.index(name)]) for name, own in images.items()}
 
 
 def solve(model: nn.Module) -> None:

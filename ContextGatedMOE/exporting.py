@@ -18,7 +18,9 @@ class Exporting:
     """`merge_and_unload` and `to_adapter` of a mixture."""
 
     def merge_and_unload(self, weights: Mapping[str, float], head: str | None = None) -> nn.Module:
-        """The plain base model with experts merged into it at fixed weights (by name, the rest 0); the mixture is of no use afterwards.
+        """The plain base model with experts merged into it at fixed weights (by name, the rest 0).
+
+        The mixture is of no use afterwards.
 
         head: whose head the model gets where each expert answers among classes of its own; needed unless one expert alone has a
         weight. Heads of one label space are mixed as the rest is. Raises MixtureError, and changes nothing, for unknown names.
@@ -49,9 +51,9 @@ class Exporting:
     def to_adapter(self, weights: Mapping[str, float], folder: str | Path, head: str | None = None) -> None:
         """Write the experts at fixed weights (by name, the rest 0) as one peft LoRA adapter, whose rank is the sum of theirs.
 
-        It is exact: nothing is approximated. head: as for `merge_and_unload`. An adapter's head may have another number of outputs than
-        the base model; load it onto a base with as many (`num_labels=...`), as with any such adapter. Raises MixtureError for
-        unknown names, or if the chosen experts adapt no layer.
+        It is exact: nothing is approximated. head: as for `merge_and_unload`. An adapter's head may have another number of
+        outputs than the base model; load it onto a base with as many (`num_labels=...`), as with any such adapter. Raises
+        MixtureError for unknown names, or if the chosen experts adapt no layer.
         """
         values = self.weights_of(weights)
         tensors: dict[str, Tensor] = {}
@@ -70,7 +72,9 @@ class Exporting:
                 heads.append(name)
                 tensors |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
         if not ranks:
-            raise MixtureError(f"the experts {', '.join(weights) or '(none)'} adapt no layer but heads; there is no adapter to write")
+            raise MixtureError(
+                f"the experts {', '.join(weights) or '(none)'} adapt no layer but heads; there is no adapter to write"
+            )
         escaped = {name: name.replace(".", r"\.") for name in ranks}
         patterns = {f"^{escaped[name]}": rank for name, rank in ranks.items()}
         config = LoraConfig(  # peft scales an update by alpha / rank, which is 1 here
@@ -103,8 +107,10 @@ def _owner(model: nn.Module, weights: Mapping[str, float], head: str | None) -> 
     if head is None and len(used) == 1:
         return used[0]
     if head not in model.expert_names:
-        raise MixtureError("each expert answers among classes of its own, which one plain head cannot do for several: choose one "
-                           f"by head=..., of {', '.join(model.expert_names)}")
+        raise MixtureError(
+            "each expert answers among classes of its own, which one plain head cannot do for several: choose one "
+            f"by head=..., of {', '.join(model.expert_names)}"
+        )
     return head
 
 

@@ -26,7 +26,9 @@ def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any],
     Labels are positions in the expert's classes. A pair whose first part is a tensor means the model's main input, such as
     `pixel_values`.
     """
-    main = getattr(model.base_model, "main_input_name", None) or next(iter(inspect.signature(model.base_model.forward).parameters))
+    main = getattr(model.base_model, "main_input_name", None) or next(
+        iter(inspect.signature(model.base_model.forward).parameters)
+    )
     if isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor):
         images = [images]
     for batch in images:
@@ -64,7 +66,9 @@ def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[s
     for statistics in found.values():
         empty = torch.nonzero(statistics.counts == 0).flatten().tolist()
     if empty:
-        raise MixtureError(f"expert '{name}' has no images of {len(empty)} of its {classes} classes; the gates need some of each")
+        raise MixtureError(
+            f"expert '{name}' has no images of {len(empty)} of its {classes} classes; the gates need some of each"
+        )
     return {layer: statistics.rounded() for layer, statistics in found.items()}
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 class Prediction:
     """What a mixture says of a batch of images.
 
-    logits: (B, outputs), log-probabilities where the mixture knows classes. gates: {layer name: (B, E)}, weights of the experts.
-    familiarity: (B,), between -1 and 1, how near an image is to the nearest class; None where the gates were never fitted.
+    logits: (B, outputs), log-probabilities where the mixture knows classes. gates: {layer name: (B, E)}, weights of the
+    experts. familiarity: (B,), between -1 and 1, how near an image is to the nearest class; None where the gates were never
+    fitted.
     """
 
     logits: Tensor

@@ -20,7 +20,7 @@ def moved(tensor: Tensor, fn: Callable) -> Tensor:
 
 
 class InFloat32(nn.Module):
-    """A module whose tensors stay in fp32 when the model around it is converted: small updates would round to nothing in bf16."""
+    """A module whose tensors stay in fp32 when the model around it is converted: in bf16 small updates round to nothing."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "InFloat32":
         return super()._apply(lambda tensor: moved(tensor, fn), recurse)
@@ -40,7 +40,9 @@ class ClassMap(InFloat32):
         within = torch.arange(widest)
         used = within < torch.tensor(self.sizes)[:, None] if self.sizes else torch.zeros(0, 0, dtype=torch.bool)
         index = torch.where(used, starts[:, None] + within, 0)
-        prior = torch.cat([torch.full((size,), 1 / (size * len(self.sizes))) for size in self.sizes]) if total else torch.zeros(0)
+        prior = (
+            torch.cat([torch.full((size,), 1 / (size * len(self.sizes))) for size in self.sizes]) if total else torch.zeros(0)
+        )
         owner = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
         for name, value in (("index", index), ("used", used), ("log_prior", prior.log()), ("owner", owner)):
             self.register_buffer(name, value, persistent=False)
@@ -76,9 +78,9 @@ class Gate(InFloat32):
     """What an image's tokens before a block say of all experts' classes.
 
     The first layer is fixed and random, `relu(W1 x + b1)` of every normalised token (random features, Rahimi and Recht 2008);
-    its mean in each of four consecutive parts of the tokens, with mean, deviation and the parts' means of the tokens themselves,
-    are the features of an image. The second layer, the only part that learns, gives each class a score; its start is the linear
-    discriminant of the classes, in closed form (`ContextGatedMOE.statistics`). All is computed in fp32.
+    its mean in each of four consecutive parts of the tokens, with mean, deviation and the parts' means of the tokens
+    themselves, are the features of an image. The second layer, the only part that learns, gives each class a score; its start
+    is the linear discriminant of the classes, in closed form (`ContextGatedMOE.statistics`). All is computed in fp32.
     """
 
     def __init__(self, width: int, hidden: int, sizes: list[int]):
@@ -97,7 +99,11 @@ class Gate(InFloat32):
         nn.init.zeros_(self.score.bias)
         self.coefficient = nn.Parameter(torch.tensor(START))
         directions = min(sum(sizes), self.feature_count)  # as many as there may be; those that are not used are zero
-        for name, shape in (("axes", (directions, self.feature_count)), ("origin", (directions,)), ("centres", (directions, sum(sizes)))):
+        for name, shape in (
+            ("axes", (directions, self.feature_count)),
+            ("origin", (directions,)),
+            ("centres", (directions, sum(sizes))),
+        ):
             self.register_buffer(name, torch.zeros(shape))
 
     @property
@@ -135,8 +141,11 @@ class Gate(InFloat32):
         return bool(self.axes.any())
 
     def familiarity(self, features: Tensor) -> Tensor:
-        """How near images are to each class (B, C), from features (B, K): the cosine, in the whitened space of the classes' means,
-        between an image and a class, both as seen from the middle of all classes."""
+        """How near images are to each class (B, C), from features (B, K).
+
+        It is the cosine between an image and a class in the whitened space of the classes' means, both as seen from the middle
+        of all classes.
+        """
         seen = F.normalize(F.linear(features, self.axes) - self.origin, dim=-1)
         return seen @ self.centres
 

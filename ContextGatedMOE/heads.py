@@ -21,13 +21,15 @@ class JointHead(nn.Module):
 
         log p(e, c | x) = r * log g_e + log softmax(s * (W_e h + b_e))_c + w * log (what the gates say of class c)
 
-    The three numbers `router_scale` r, `expert_scale` s and `class_share` w are fitted (`ContextGatedMOE.fitting.calibrate`); where
-    the experts' weights are fixed, r and s are 1 and w is 0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one
-    after the other. columns: for each of these classes, the output that it adds to; classes declared to be the same share one. `base`
-    is the head the base model had.
+    The three numbers `router_scale` r, `expert_scale` s and `class_share` w are fitted (`ContextGatedMOE.fitting.calibrate`);
+    where the experts' weights are fixed, r and s are 1 and w is 0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the
+    experts' heads one after the other. columns: for each of these classes, the output that it adds to; classes declared to be
+    the same share one. `base` is the head the base model had.
     """
 
-    def __init__(self, base: nn.Linear, weight: Tensor, bias: Tensor, sizes: list[int], columns: list[int], name: str, router: Router):
+    def __init__(
+        self, base: nn.Linear, weight: Tensor, bias: Tensor, sizes: list[int], columns: list[int], name: str, router: Router
+    ):
         super().__init__()
         self.base = base
         self.expert_weight = nn.Parameter(weight, requires_grad=False)

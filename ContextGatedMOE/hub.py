@@ -45,7 +45,9 @@ def upload(folder: str, repo_id: str, revision: str | None, token: str | bool | 
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, create_pr=create_pr))
+    return str(
+        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, create_pr=create_pr)
+    )
 
 
 def card(model: nn.Module, figures: Mapping[str, Any], made: str, repo_id: str) -> str:
@@ -55,15 +57,27 @@ def card(model: nn.Module, figures: Mapping[str, Any], made: str, repo_id: str) 
     head = ["---", "library_name: context-gated-moe", "tags: [lora, mixture-of-experts, peft]"]
     head += [f"base_model: {json.dumps(base)}"] if base.count("/") == 1 and not Path(base).exists() else []
     head += ["pipeline_tag: image-classification"] if image and model.classes else []
-    lines = [*head, "---", "", "# Context gated mixture of LoRA experts", "",
-             f"One model of {len(model.expert_names)} frozen LoRA experts on {base or type(model.base_model).__name__}, weighed for each "
-             "input by gates that are never told the task.", "", "| expert | classes | images seen by the gates |", "|---|---|---|"]
+    lines = [
+        *head,
+        "---",
+        "",
+        "# Context gated mixture of LoRA experts",
+        "",
+        f"{len(model.expert_names)} frozen LoRA experts on {base or type(model.base_model).__name__} in one model, weighed "
+        "for each input by gates that are never told the task.",
+        "",
+        "| expert | classes | images seen by the gates |",
+        "|---|---|---|",
+    ]
     for name in model.expert_names:
         classes = ", ".join(model.classes[name]) if model.classes else "of one label space"
         seen = next(iter(model.statistics.get(name, {}).values()), None)
         lines.append(f"| {_cell(name)} | {_cell(classes)} | {'none' if seen is None else int(seen.counts.sum())} |")
-    fitted = ("The gates start from linear discriminants of the experts' classes, in closed form from sums over the images above."
-              if model.statistics else "The gates have not been fitted in closed form.")
+    fitted = (
+        "The gates start from linear discriminants of the experts' classes, in closed form from sums over the images above."
+        if model.statistics
+        else "The gates have not been fitted in closed form."
+    )
     lines += ["", "## How it was made", "", " ".join(part for part in (fitted, made.strip()) if part)]
     lines += [f"Of every input the {model.top_k} most weighted experts are used."] if model.top_k else []
     if figures:

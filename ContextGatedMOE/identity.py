@@ -53,8 +53,8 @@ def dtype_of(base_model: nn.Module) -> str:
 def is_same(base_model: nn.Module, config: Mapping[str, Any]) -> bool:
     """Whether a base model has the weights that a mixture's configuration tells of, or what rounding makes of the same weights.
 
-    A fingerprint of every type was kept, so this is no matter of tolerance. Only bf16 and fp16 of one fp32 model cannot be known to
-    belong together.
+    A fingerprint of every type was kept, so this is no matter of tolerance. Only bf16 and fp16 of one fp32 model cannot be
+    known to belong together.
     """
     heads, kept, rounded = config["heads"], config["base_dtype"], config["base_rounded"]
     if fingerprint(base_model, heads) == config["base_fingerprint"]:
@@ -70,8 +70,8 @@ def is_same(base_model: nn.Module, config: Mapping[str, Any]) -> bool:
 def load_base(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     """Load the transformers model the mixture was saved on, as it was published; the experts bring their heads."""
     name, kind = config["base_model"], getattr(transformers, config["base_class"], None)
-    if not name or kind is None:
-        raise MixtureError(f"{folder} was made on a {config['base_class']} that has no name; pass base_model=...")
+    if not name or not hasattr(kind, "from_pretrained"):
+        raise MixtureError(f"{folder} was made on a {config['base_class']} that cannot be loaded by name; pass base_model=...")
     try:
         with _quiet():
             return kind.from_pretrained(name, **{"dtype": config["base_dtype"], **options})

@@ -55,7 +55,9 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         if gate_hidden < 1:
             raise MixtureError(f"gate_hidden must be at least 1, not {gate_hidden}")
         if building.is_built(base_model):
-            raise MixtureError("this base model is part of a mixture already; call unload() of that mixture, or load the base anew")
+            raise MixtureError(
+                "this base model is part of a mixture already; call unload() of that mixture, or load the base anew"
+            )
         self.gate_hidden = gate_hidden
         self.router = Router(bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)))
         self.top_k = top_k
@@ -73,16 +75,23 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
             raise
 
     @classmethod
-    def from_adapters(cls, base_model: nn.Module, adapters: Mapping[str, str | Path], classes: Mapping[str, Sequence[str]] | None = None,
-                      *, same: Sequence[Sequence[tuple[str, str]]] = (), gate_hidden: int = GATE_HIDDEN,
-                      top_k: int | None = None) -> "ContextGatedMOE":
+    def from_adapters(
+        cls,
+        base_model: nn.Module,
+        adapters: Mapping[str, str | Path],
+        classes: Mapping[str, Sequence[str]] | None = None,
+        *,
+        same: Sequence[Sequence[tuple[str, str]]] = (),
+        gate_hidden: int = GATE_HIDDEN,
+        top_k: int | None = None,
+    ) -> "ContextGatedMOE":
         """Build a mixture of peft LoRA adapters.
 
         base_model: the model the adapters were trained on; its adapted layers are replaced in place. adapters: expert name ->
         adapter folder or Hub name. An empty mapping gives the base model itself. classes: expert name -> names of its
-        classes, in the order of its head's outputs; the answer is then one of all of them. Without, heads of one label space are
-        mixed. same: groups of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a gate's first
-        layer. top_k: how many experts an image uses (all if None).
+        classes, in the order of its head's outputs; the answer is then one of all of them. Without, heads of one label space
+        are mixed. same: groups of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a
+        gate's first layer. top_k: how many experts an image uses (all if None).
 
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
@@ -170,8 +179,8 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
     def record_gates(self) -> Iterator[dict[str, Tensor]]:
         """Collect the weights of the next forward pass: {layer name: (B, E)}, experts in `expert_names` order.
 
-        Named are the blocks, or layers outside of any block, for which the experts are weighed. The tensors carry gradients where
-        the pass does. Passes of other threads are not recorded.
+        Named are the blocks, or layers outside of any block, for which the experts are weighed. The tensors carry gradients
+        where the pass does. Passes of other threads are not recorded.
         """
         record: dict[str, Tensor] = {}
         with self.router.using(record=record):
@@ -218,39 +227,20 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
     def fit_gates(self, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches] | None = None) -> None:
         """Fit the gates in closed form to images of every expert, each read once, through the plain base model.
 
-        images: expert name -> batches, each (inputs, labels) or a mapping of the base model's arguments with "labels"; or one pair of
-        tensors. Labels are positions in the expert's classes. Experts whose images were seen before may be left out. validation: the
-        same, of other images of all experts, which are read twice: by them the gates' and the head's few coefficients are chosen.
-        Raises MixtureError and leaves the gates as they were.
+        images: expert name -> batches, each (inputs, labels) or a mapping of the base model's arguments with "labels"; or one
+        pair of tensors. Labels are positions in the expert's classes. Experts whose images were seen before may be left out.
+        validation: the same, of other images of all experts, which are read twice: by them the gates' and the head's few
+        coefficients are chosen. Raises MixtureError and leaves the gates as they were.
         """
-        unknown = sorted({*images, *(validation or {})} - set(self.expert_names))
-        missing = sorted(set(self.expert_names) - set(images) - set(self.statistics))
-        if unknown or missing:
-            raise MixtureError(f"no expert is called {unknown[0]!r}" if unknown else f"there are no images of expert {missing[0]!r}")
-        if validation and self.joint_head is None:
-            raise MixtureError("validation images choose how much the head of all classes believes the gates; without classes=... there "
-                               "is no such head")
-        before = {name: {key: value.clone() for key, value in gate.state_dict().items()} for name, gate in self.gates().items()}
-        seen = dict(self.statistics)
-        try:
-            with self.evaluating():
-                self.statistics = {**seen, **experts.gather(self, images)}
-                experts.solve(self)
-                if validation:
-                    fitting.calibrate(self, validation)
-        except BaseException:
-            self.statistics = seen
-            for name, gate in self.gates().items():
-                gate.load_state_dict(before[name])
-            raise
+        experts.fit(self, images, validation or {})
 
     def train_gates(self, loader: fitting.Batches, validation: fitting.Batches | None = None, *, epochs: int = 10,
                     learning_rate: float = 2e-3, weight_decay: float = 0.0) -> list[dict[str, float]]:
         """Train the gates from where they are, by AdamW on the loss of the joint answer.
 
-        loader, validation: batches that can be read again, such as a DataLoader or a list, each (inputs, labels) or a mapping of the
-        base model's arguments with "labels". Labels are output numbers: `columns` has those of every expert's classes. With
-        validation images the epoch of the lowest loss stays, which may be the start. Returns the mean loss per image of
+        loader, validation: batches that can be read again, such as a DataLoader or a list, each (inputs, labels) or a mapping
+        of the base model's arguments with "labels". Labels are output numbers: `columns` has those of every expert's classes.
+        With validation images the epoch of the lowest loss stays, which may be the start. Returns the mean loss per image of
         every epoch, the start being epoch 0: {"epoch", "loss", "validation_loss"}. Raises MixtureError, and leaves the gates as
         they were, if there are no batches or a loss is not finite.
         """
@@ -262,10 +252,10 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
                    images: fitting.Batches | None = None) -> None:
         """Add one peft LoRA adapter, with images of its own alone: the gates of all experts follow from their statistics.
 
-        adapter: folder, Hub name, or what `read_expert` has read. classes: the names of its classes, where the mixture knows those
-        of the others. images: as in `fit_gates`; needed where the gates have been fitted. Where they have, what training has added
-        to them is lost; else the other experts' gates stay as they are. Raises MixtureError and leaves the mixture as it was if the name is
-        taken, the adapter cannot be mixed, or there are no images.
+        adapter: folder, Hub name, or what `read_expert` has read. classes: the names of its classes, where the mixture knows
+        those of the others. images: as in `fit_gates`; needed where the gates have been fitted. Where they have, what training
+        has added to them is lost; else the other experts' gates stay as they are. Raises MixtureError and leaves the mixture as
+        it was if the name is taken, the adapter cannot be mixed, or there are no images.
         """
         if name in self.expert_names:
             raise MixtureError(f"there is an expert called {name!r} already")

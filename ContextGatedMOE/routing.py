@@ -59,9 +59,9 @@ class Evidence:
 class Pass:
     """One forward pass of one mixture.
 
-    router: whose pass it is. batches: the leading sizes of the pass's inputs. masks: 2-D attention masks by argument name. cached:
-    whether earlier tokens are in a cache, so that a mask may be longer than the tokens. evidence: by chain, the latest last. outer:
-    the pass around it.
+    router: whose pass it is. batches: the leading sizes of the pass's inputs. masks: 2-D attention masks by argument name.
+    cached: whether earlier tokens are in a cache, so that a mask may be longer than the tokens. evidence: by chain, the latest
+    last. outer: the pass around it.
     """
 
     router: "Router"
@@ -73,16 +73,18 @@ class Pass:
     outer: "Pass | None" = None
 
     def latest(self, batch: int, name: str) -> Evidence:
-        """The latest evidence on a batch of that size, for a layer that follows a chain. Raises MixtureError if there is none."""
+        """The latest evidence on a batch of that size, for a layer after a chain. Raises MixtureError if there is none."""
         for evidence in reversed(self.evidence.values()):
             if evidence.weights.shape[0] == batch:
                 return evidence
-        raise MixtureError(f"'{name}' gets a batch of {batch} that no gate has seen; a mixture needs the batch as the first dimension")
+        raise MixtureError(
+            f"'{name}' gets a batch of {batch} that no gate has seen; a mixture needs the batch as the first dimension"
+        )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The experts' weights (B, E) inside one block, None where the experts are left out; tokens: how many an image has there."""
+    """The experts' weights (B, E) in one block, None where the experts are left out; tokens: how many an image has there."""
 
     values: Tensor | None
     batch: int
@@ -99,8 +101,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-# A pass never waits, so a thread's state is its own; a `with` block may, in an event loop, so settings belong to the context. Only
-# code that torch.compile made cannot read context variables: it sees what the thread set last.
+# A pass never waits, so a thread's state is its own; a `with` block may, in an event loop, so settings belong to the context.
+# Code that torch.compile made cannot read context variables: it sees what the thread has set last.
 _settings: ContextVar[Mapping[int, Settings]] = ContextVar("settings", default=MappingProxyType({}))
 
 
@@ -108,7 +110,8 @@ class Router:
     """Steers the passes of one mixture by hooks on its base model, on its blocks and on layers outside of any block.
 
     All that a pass carries belongs to its thread and ends with it: a pass in another thread or a later one never sees it, and a
-    backward pass that computes a block again is given that block's own weights. is_encoder_decoder: the decoder has its own mask.
+    backward pass that computes a block again is given that block's own weights. is_encoder_decoder: the decoder has its own
+    mask.
     """
 
     def __init__(self, is_encoder_decoder: bool):
@@ -141,7 +144,9 @@ class Router:
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim}
         masks = {name: value for name, value in tensors.items() if name.endswith("attention_mask") and value.ndim == 2}
         batches = [value.shape[0] for value in tensors.values()]  # no set: a symbolic size of torch.export has no hash
-        _thread.running = Pass(self, self.settings, batches, masks, given.get("past_key_values") is not None, outer=_thread.running)
+        _thread.running = Pass(
+            self, self.settings, batches, masks, given.get("past_key_values") is not None, outer=_thread.running
+        )
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
         """After the base model has run, or failed: end the pass."""
@@ -169,13 +174,17 @@ class Router:
             _thread.weights = _thread.weights[1]
 
     def _weigh(self, unit: Unit, module: nn.Module, x: Tensor, masked: bool) -> Tensor | None:
-        """The experts' weights (B, E) in a unit, None where they are left out. x: (B, ..., D), its input. masked: whether the unit
-        itself may have been given a mask."""
+        """The experts' weights (B, E) in a unit, None where they are left out.
+
+        x: (B, ..., D), its input. masked: whether the unit itself may have been given a mask.
+        """
         current, batch = current_pass(unit.name), x.shape[0]
         settings, before = current.settings, None if unit.first else current.evidence.get(unit.chain)
         if not any(batch == size for size in current.batches):
-            raise MixtureError(f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
-                               "the batch as the first dimension")
+            raise MixtureError(
+                f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
+                "the batch as the first dimension"
+            )
         scores, gate = None, getattr(module, GATE, None)
         if gate is not None and (settings.features is not None or not (settings.plain or settings.fixed is not None)):
             tokens = as_tokens(x).to(gate.score.weight.device)
@@ -204,9 +213,9 @@ class Router:
     def _mask(self, current: Pass, unit: Unit, tokens: int, masked: bool) -> Tensor | None:
         """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.
 
-        A mask counts if it is as long as the tokens are many. While a decoder generates with a cache, the mask covers earlier tokens
-        too, and the last N entries belong to these. In any other case, as where a model shortens its input, it is not used. Of several
-        towers only one that was given a mask has any.
+        A mask counts if it is as long as the tokens are many. While a decoder generates with a cache, the mask covers earlier
+        tokens too, and the last N entries belong to these. In any other case, as where a model shortens its input, it is not
+        used. Of several towers only one that was given a mask has any.
         """
         encoder = self.is_encoder_decoder and "encoder." in unit.name
         decoder = self.is_encoder_decoder and not encoder
@@ -264,7 +273,9 @@ def per_image(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
     folded = rows == weights.batch or (x.ndim > 2 and rows % weights.batch == 0) or (
         x.ndim == 2 and rows == weights.batch * weights.tokens)
     if not folded:
-        raise MixtureError(f"'{name}' gets {rows} rows in a block for a batch of {weights.batch}, which cannot be told apart by image")
+        raise MixtureError(
+            f"'{name}' gets {rows} rows in a block for a batch of {weights.batch}, which cannot be told apart by image"
+        )
     values = weights.values if weights.values is None else weights.values.to(x.device)
     tokens = as_tokens(x) if rows == weights.batch else x.reshape(weights.batch, -1, x.shape[-1])
     return tokens, values

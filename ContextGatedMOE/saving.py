@@ -25,10 +25,21 @@ FORMAT = 2
 NOT_ITS_OWN = ("base.", f"{building.GATE}.")  # tensors inside a layer that belong to the base or to its gate
 # What a configuration holds, and of what type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    "base_model": (str, type(None)), "base_class": str, "base_dtype": str, "base_fingerprint": str, "base_rounded": dict, "experts": list,
-    "classes": (dict, type(None)), "same": list, "gate_hidden": int, "top_k": (int, type(None)),
+    "base_model": (str, type(None)),
+    "base_class": str,
+    "base_dtype": str,
+    "base_fingerprint": str,
+    "base_rounded": dict,
+    "experts": list,
+    "classes": (dict, type(None)),
+    "same": list,
+    "gate_hidden": int,
+    "top_k": (int, type(None)),
     "refuse_below": (float, type(None)),
-    "ranks": dict, "heads": list, "weights_sha256": str, "statistics_sha256": (str, type(None)),
+    "ranks": dict,
+    "heads": list,
+    "weights_sha256": str,
+    "statistics_sha256": (str, type(None)),
 }
 
 
@@ -77,7 +88,7 @@ class Saving:
         }
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / f"{CONFIG_FILE}.part").write_text(text, encoding="utf-8")
-        if hasattr(self.config, "save_pretrained"):
+        if hasattr(getattr(self.base_model, "config", None), "save_pretrained"):
             self.config.save_pretrained(folder)
         if not sums:
             (folder / STATISTICS_FILE).unlink(missing_ok=True)
@@ -85,16 +96,26 @@ class Saving:
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, base_model: nn.Module | None = None, *, revision: str | None = None, subfolder: str = "",
-                        token: str | bool | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        check_base: bool = True, **base_options: Any) -> Self:
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        base_model: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        check_base: bool = True,
+        **base_options: Any,
+    ) -> Self:
         """Load what `save_pretrained` wrote, in evaluation mode.
 
-        name: a folder, or a Hub name "owner/name" with `revision` (branch, tag or commit), `subfolder`, `token`, `cache_dir` and
-        `local_files_only` as huggingface_hub takes them. base_model: the base to use; if None, the transformers model that was named when
-        saving is loaded, with `base_options` such as dtype or device_map. check_base: whether to make sure that the base is the
-        one the mixture was made for; the same weights in another floating-point type are. Raises MixtureError if the mixture is
-        missing, damaged, of another format, or the base is another one.
+        name: a folder, or a Hub name "owner/name" with `revision` (branch, tag or commit), `subfolder`, `token`, `cache_dir`
+        and `local_files_only` as huggingface_hub takes them. base_model: the base to use; if None, the transformers model that
+        was named when saving is loaded, with `base_options` such as dtype or device_map. check_base: whether to make sure that
+        the base is the one the mixture was made for; the same weights in another floating-point type are. Raises MixtureError
+        if the mixture is missing, damaged, of another format, or the base is another one.
         """
         hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = Path(name) if Path(name).is_dir() else hub.download(str(name), revision, subfolder, FILES, **hub_options)
@@ -104,14 +125,18 @@ class Saving:
         if base_model is None:
             base_model = identity.load_base(folder, config, hub_options | base_options)
         if check_base and not identity.is_same(base_model, config):
-            raise MixtureError(f"this base model is not the one {folder} was made for ({config['base_model']}, {config['base_dtype']}): "
-                               "its weights differ")
+            raise MixtureError(
+                f"this base model is not the one {folder} was made for ({config['base_model']}, {config['base_dtype']}): "
+                "its weights differ"
+            )
         model = None
         try:
             sizes = [len(config["classes"][name]) if config["classes"] else 1 for name in config["experts"]]
             experts = building.cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors)
             same = [[(expert, name) for expert, name in group] for group in config["same"]]
-            model = cls(base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"])
+            model = cls(
+                base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"]
+            )
             _load_parts(model, tensors)
             model.statistics = _cut_statistics(sums)
         except (MixtureError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -123,12 +148,22 @@ class Saving:
         model.refuse_below = config["refuse_below"]
         return model.eval()
 
-    def push_to_hub(self, repo_id: str, *, figures: Mapping[str, Any] | None = None, made: str = "", revision: str | None = None,
-                    token: str | bool | None = None, private: bool | None = None,
-                    commit_message: str = "Upload a context gated mixture of experts", create_pr: bool = False) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        figures: Mapping[str, Any] | None = None,
+        made: str = "",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload a context gated mixture of experts",
+        create_pr: bool = False,
+    ) -> str:
         """Upload what `save_pretrained` writes, and `model_card` as README.md, to the Hub. Returns the address of the commit.
 
-        figures, made: as for `model_card`. The other arguments are those of huggingface_hub's `upload_folder` and `create_repo`.
+        figures, made: as for `model_card`. The other arguments are those of huggingface_hub's `upload_folder` and
+        `create_repo`.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -138,8 +173,8 @@ class Saving:
     def model_card(self, figures: Mapping[str, Any] | None = None, made: str = "", repo_id: str = "OWNER/NAME") -> str:
         """A README.md for the Hub: base, experts, classes, how the mixture was made, and its figures.
 
-        figures: what was measured, by name, such as {"accuracy on 800 test images": 0.95}. made: sentences on how it was made, besides
-        what the mixture knows itself. repo_id: its name in the example.
+        figures: what was measured, by name, such as {"accuracy on 800 test images": 0.95}. made: sentences on how it was made,
+        besides what the mixture knows itself. repo_id: its name in the example.
         """
         return hub.card(self, figures or {}, made, repo_id)
 

@@ -13,8 +13,8 @@ TOO_FLAT = 1e-6  # a feature whose deviation is below this share of the largest 
 class Statistics:
     """Sums over one expert's images, of the features that a gate sees in the plain base model.
 
-    counts: (C,) images of each class. means: (C, K) mean features of each class. scatter: (K * (K + 1) / 2,) sum of the products
-    of features, each less its class's mean; the matrix is symmetric, so this is its upper half. All on the CPU.
+    counts: (C,) images of each class. means: (C, K) mean features of each class. scatter: (K * (K + 1) / 2,) sum of the
+    products of features, each less its class's mean; the matrix is symmetric, so this is its upper half. All on the CPU.
     """
 
     counts: Tensor
@@ -62,8 +62,8 @@ def symmetric(half: Tensor, size: int) -> Tensor:
 class Discriminant:
     """Linear discriminants of the classes of all experts, and the directions in which the classes differ.
 
-    weight (C, K), bias (C,): scores of the classes, log-likelihoods up to what they share. axes (R, K), origin (R,): features to
-    whitened coordinates in the space of the classes' means. centres (R, C): the means there, of length one.
+    weight (C, K), bias (C,): scores of the classes, log-likelihoods up to what they share. axes (R, K), origin (R,): features
+    to whitened coordinates in the space of the classes' means. centres (R, C): the means there, of length one.
     """
 
     weight: Tensor

@@ -65,7 +65,7 @@ def _epoch(model: nn.Module, loader: Batches, optimizer: torch.optim.Optimizer |
 
 
 def _loss(model: nn.Module, inputs: dict[str, object], labels: Tensor) -> Tensor:
-    """The base model's own loss where it has one, else cross-entropy; of log-probabilities both are the negative log-likelihood."""
+    """The base model's own loss, else cross-entropy; of log-probabilities both are the negative log-likelihood."""
     if "labels" in inspect.signature(model.forward).parameters:
         return model(**inputs, labels=labels).loss
     output = model(**inputs)

@@ -14,9 +14,10 @@ GATED_BLOCKS = 3  # the first blocks of a model have a gate before them: nearly 
 def find_units(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -> list[tuple[Unit, bool]]:
     """What the experts are weighed for, in the model's order, and whether a gate stands before it.
 
-    A block is an element of the outermost `nn.ModuleList` around an adapted layer. The first blocks of each list have gates, adapted
-    or not; later ones share what these have found. A layer outside of any block has a gate of its own, unless all blocks are in one
-    list and come before it: then it shares theirs, as heads do. Where there is nothing else, the head has the gate.
+    A block is an element of the outermost `nn.ModuleList` around an adapted layer. The first blocks of each list have gates,
+    adapted or not; later ones share what these have found. A layer outside of any block has a gate of its own, unless all
+    blocks are in one list and come before it: then it shares theirs, as heads do. Where there is nothing else, the head has the
+    gate.
     """
     modules = dict(model.named_modules())
     lists: dict[str, set[str]] = {}

@@ -1,5 +1,6 @@
-"""A small Hugging Face Hub on this machine: serves repositories from memory, counts what it serves, fails when told to."""
+"""A small Hugging Face Hub on this machine: serves repositories from memory, takes uploads, counts, fails when told to."""
 
+import base64
 import hashlib
 import io
 import json
@@ -81,7 +82,8 @@ class Hub(ThreadingHTTPServer):
 
     gated: repositories that answer 401. server_errors: how many of the next requests answer 500. cuts: by file name,
     how many of its next downloads break off after half the bytes. most_bytes: after so many bytes of Parquet there is only
-    500. requests: (method, path) of all so far. served: by file name, how many bytes have been sent.
+    500. requests: (method, path) of all so far. served: by file name, how many bytes have been sent. earlier: what repositories
+    held before an upload, by (name, commit).
     """
 
     daemon_threads = True
@@ -89,6 +91,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, repos: dict[str, Files], port: int) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.repos = repos
+        self.earlier: dict[tuple[str, str], Files] = {}
         self.gated: set[str] = set()
         self.server_errors = 0
         self.most_bytes = math.inf
@@ -120,7 +123,7 @@ def serve(repos: dict[str, Files], port: int = 0) -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP interface that `datasets`, `HfFileSystem` and `from_pretrained` use."""
+    """The part of the Hub's HTTP interface that `datasets`, `HfFileSystem`, `from_pretrained` and `upload_folder` use."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # which would hold a body back for 40 ms
@@ -164,12 +167,41 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """Make a repository, or take a commit of small files."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, self.path))
+        host = f"http://{self.headers['Host']}"
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+", path)
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            name = f"{made['organization']}/{made['name']}" if made.get("organization") else made["name"]
+            self.server.repos.setdefault(name, {})
+            self.json({"url": f"{host}/{name}", "id": name})
+        elif path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif found and found[2] == "preupload":
+            self.json({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                 for file in json.loads(body)["files"]]})
+        elif found:
+            files = self.server.repos[found[1]]
+            self.server.earlier[found[1], commit(files)] = files
+            sent = [json.loads(line) for line in body.splitlines()]
+            files = files | {
+                entry["value"]["path"]: base64.b64decode(entry["value"]["content"]) for entry in sent if entry["key"] == "file"
+            }
+            self.server.repos[found[1]] = files
+            self.json({"commitUrl": f"{host}/{found[1]}/commit/{commit(files)}", "commitOid": commit(files), "success": True})
+        else:
+            self.answer(404)
+
     def log_message(self, *args: object) -> None:
         """Nothing on stderr; `Hub.requests` has it all."""
 
     def repo(self, name: str, revision: str) -> Files | None:
         """The files of a repository that may be read, or None once the refusal is sent."""
-        files = self.server.repos.get(name)
+        files = self.server.earlier.get((name, revision), self.server.repos.get(name))
         if files is None:
             self.answer(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         elif name in self.server.gated:
@@ -205,7 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         entries = {}
         for path in sorted(path for path in files if path.startswith(inside)):
             parts = path.removeprefix(inside).split("/")
-            for parent in (inside + "/".join(parts[:depth]) for depth in range(1, len(parts) if recursive else min(len(parts), 2))):
+            for parent in (
+                inside + "/".join(parts[:depth]) for depth in range(1, len(parts) if recursive else min(len(parts), 2))
+            ):
                 entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": oid(parent.encode())}
             if recursive or len(parts) == 1:
                 entries[path] = {"type": "file", "path": path, "size": len(files[path]), "oid": oid(files[path])}

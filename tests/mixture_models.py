@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from ContextGatedMOE import ContextGatedMOE, Expert
 
-VISION = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8, num_labels=3)
-TEXT = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32)
+VISION = dict(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8, num_labels=3
+)
+TEXT = dict(
+    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32
+)
 
 
 class Plain(nn.Module):
@@ -83,8 +87,18 @@ def _vit() -> nn.Module:
 
 
 def _swin() -> nn.Module:  # 4 windows, the second block's shifted, then 1 window
-    return transformers.SwinForImageClassification(transformers.SwinConfig(
-        image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=3, drop_path_rate=0.0))
+    return transformers.SwinForImageClassification(
+        transformers.SwinConfig(
+            image_size=16,
+            patch_size=2,
+            embed_dim=16,
+            depths=[2, 1],
+            num_heads=[2, 2],
+            window_size=4,
+            num_labels=3,
+            drop_path_rate=0.0,
+        )
+    )
 
 
 def _bert() -> nn.Module:
@@ -103,10 +117,27 @@ def _translations(size: int) -> dict[str, Tensor]:
 
 
 def _wav2vec2() -> nn.Module:
-    return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), conv_stride=(4, 4),
-        conv_kernel=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_labels=3,
-        classifier_proj_size=8, hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, final_dropout=0.0))
+    return transformers.Wav2Vec2ForSequenceClassification(
+        transformers.Wav2Vec2Config(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            conv_dim=(8, 8),
+            conv_stride=(4, 4),
+            conv_kernel=(8, 4),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            num_labels=3,
+            classifier_proj_size=8,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            feat_proj_dropout=0.0,
+            layerdrop=0.0,
+            final_dropout=0.0,
+        )
+    )
 
 
 def _clip() -> nn.Module:
@@ -125,11 +156,19 @@ CASES = {
     "vit": Case(_vit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
     "swin": Case(_swin, _images, ("q_proj", "v_proj"), ("fc1", "reduction"), "classifier"),
     "bert": Case(_bert, _texts, ("query", "value"), ("intermediate.dense", "pooler.dense"), "classifier"),
-    "llama": Case(llama, lambda size: {"input_ids": torch.randint(0, 40, (size, 6))}, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head"),
+    "llama": Case(
+        llama,
+        lambda size: {"input_ids": torch.randint(0, 40, (size, 6))},
+        ("q_proj", "v_proj"),
+        ("up_proj", "down_proj"),
+        "lm_head",
+    ),
     "plain": Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head"),
 }
 CLIP = Case(_clip, _texts_and_images, ("q_proj", "v_proj"), ("fc1",), "visual_projection")
-WAV2VEC2 = Case(_wav2vec2, lambda size: {"input_values": torch.randn(size, 400)}, ("q_proj", "v_proj"), ("output_dense",), "classifier")
+WAV2VEC2 = Case(
+    _wav2vec2, lambda size: {"input_values": torch.randn(size, 400)}, ("q_proj", "v_proj"), ("output_dense",), "classifier"
+)
 T5 = Case(_t5, _translations, ("q",), ("wi",), "lm_head")  # encoder and decoder, each with tokens of its own
 
 
@@ -168,9 +207,15 @@ def experts(case: Case, names: Sequence[str] = ("a", "b", "c"), sizes: Sequence[
     made = []
     for number, name in enumerate(names):
         wanted = case.first if number % 2 else (*case.first, *case.second)
-        chosen = {layer: module for layer, module in layers.items() if any(layer == end or layer.endswith(f".{end}") for end in wanted)}
-        updates = {layer: (torch.randn(number + 1, module.in_features) * 0.3, torch.randn(module.out_features, number + 1) * 0.3)
-                   for layer, module in chosen.items()}
+        chosen = {
+            layer: module
+            for layer, module in layers.items()
+            if any(layer == end or layer.endswith(f".{end}") for end in wanted)
+        }
+        updates = {
+            layer: (torch.randn(number + 1, module.in_features) * 0.3, torch.randn(module.out_features, number + 1) * 0.3)
+            for layer, module in chosen.items()
+        }
         width = layers[case.head].in_features
         heads = {case.head: (torch.randn(sizes[number], width), torch.randn(sizes[number]))} if sizes else {}
         made.append(Expert(name, updates, heads))

@@ -1,4 +1,4 @@
-"""Tests of the experts: exactly peft's own models, in any order, added, removed, merged, exported; what cannot be mixed is refused."""
+"""Tests of the experts: exactly peft's own models, added, removed, merged, exported; what cannot be mixed is refused."""
 
 import copy
 import shutil
@@ -68,10 +68,17 @@ def test_a_one_hot_gate_and_a_single_expert_are_that_peft_model(all_adapters):
 
 
 def test_a_lora_trained_in_another_way_is_that_peft_model(tmp_path):
-    for number, options in enumerate((
-        dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal"), dict(velora_config=VeloraConfig(num_groups=4)),
-        dict(lora_dropout=0.5), dict(layers_to_transform=[1]), dict(exclude_modules=["q_proj"]), dict(use_rslora=True),
-    )):
+    for number, options in enumerate(
+        (
+            dict(init_lora_weights="gaussian"),
+            dict(init_lora_weights="orthogonal"),
+            dict(velora_config=VeloraConfig(num_groups=4)),
+            dict(lora_dropout=0.5),
+            dict(layers_to_transform=[1]),
+            dict(exclude_modules=["q_proj"]),
+            dict(use_rslora=True),
+        )
+    ):
         folder = save_adapter(BEIT.build(), tmp_path / f"{number}", **{"r": 2, "target_modules": ["q_proj", "fc1"], **options})
         inputs = BEIT.batch(3)
         assert_close(logits(mixture(BEIT, {"own": folder}), inputs), peft_logits(BEIT, folder, inputs))
@@ -114,7 +121,9 @@ def test_the_order_of_experts_does_not_matter():
         models = []
         for names in ("abc", "cab"):
             own = {expert.name: expert for expert in experts(case, list(CLASSES), (2, 5, 1))}
-            model = ContextGatedMOE(case.build(), [own[name] for name in names], {name: CLASSES[name] for name in names}, gate_hidden=8)
+            model = ContextGatedMOE(
+                case.build(), [own[name] for name in names], {name: CLASSES[name] for name in names}, gate_hidden=8
+            )
             model.fit_gates({name: labelled(case, "abc".index(name), len(CLASSES[name])) for name in names})
             models.append(model)
         assert models[0].expert_names == models[1].expert_names == ["a", "b", "c"] and models[0].labels == models[1].labels
@@ -124,8 +133,10 @@ def test_the_order_of_experts_does_not_matter():
 def test_an_image_top_1_expert_alone_is_computed():
     """Many tokens: experts that an image does not use are skipped; what is not computed cannot spoil it."""
     torch.manual_seed(7)
-    own = [Expert(f"{n}", {"blocks.0": (torch.randn(4, 12), torch.randn(12, 4)), "base": (torch.randn(2, 8), torch.randn(12, 2))})
-           for n in range(8)]
+    own = [
+        Expert(f"{n}", {"blocks.0": (torch.randn(4, 12), torch.randn(12, 4)), "base": (torch.randn(2, 8), torch.randn(12, 2))})
+        for n in range(8)
+    ]
     inputs = {"x": torch.randn(4, 200, 8)}
     for top_k in (1, 2, 3, 8):
         model = randomise_gates(ContextGatedMOE(PLAIN.build(), own, top_k=top_k))
@@ -190,15 +201,23 @@ def state_of(model: ContextGatedMOE) -> dict[str, object]:
     """All that an error must leave alone."""
     names = ("expert_names", "classes", "labels", "columns", "sizes", "same", "refuse_below")
     hooks = [(name, list(module._forward_pre_hooks), list(module._forward_hooks)) for name, module in model.named_modules()]
-    return {"modules": snapshot(model)["modules"], "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
-            "hooks": [(name, len(pre), len(post)) for name, pre, post in hooks], "names": model.config.id2label,
-            "statistics": {name: id(value) for name, value in model.statistics.items()},
-            **{name: copy.deepcopy(getattr(model, name)) for name in names}}
+    return {
+        "modules": snapshot(model)["modules"],
+        "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        "hooks": [(name, len(pre), len(post)) for name, pre, post in hooks],
+        "names": model.config.id2label,
+        "statistics": {name: id(value) for name, value in model.statistics.items()},
+        **{name: copy.deepcopy(getattr(model, name)) for name in names},
+    }
 
 
 def test_a_failed_change_changes_nothing(tmp_path):
     model, inputs = joint(BEIT, fit=True).train(), BEIT.batch(2)
-    state, tensors, output = state_of(model), {name: t.clone() for name, t in model.state_dict().items()}, logits(model.eval(), inputs)
+    state, tensors, output = (
+        state_of(model),
+        {name: t.clone() for name, t in model.state_dict().items()},
+        logits(model.eval(), inputs),
+    )
     model.train()
     good, images = experts(BEIT, ["d"], (2,))[0], labelled(BEIT, 3, 2)
     dora = save_adapter(BEIT.build(), tmp_path / "dora", r=2, target_modules=["q_proj"], use_dora=True)
@@ -217,8 +236,16 @@ def test_a_failed_change_changes_nothing(tmp_path):
         (lambda: model.add_expert("d", good, classes=["p", "q"]), MixtureError, "needs images"),
         (lambda: model.add_expert("d", good, classes=["p", "q"], images=broken()), KeyboardInterrupt, ""),
         (lambda: model.add_expert("d", good, classes=["p", "q"], images=[]), MixtureError, "no images of 2"),
-        (lambda: model.add_expert("d", good, classes=["p", "q"], images=images[:1] + [({"pixel_values": torch.zeros(1, 4, 16, 16)},
-                                                                                      torch.zeros(1).long())]), Exception, ""),
+        (
+            lambda: model.add_expert(
+                "d",
+                good,
+                classes=["p", "q"],
+                images=images[:1] + [({"pixel_values": torch.zeros(1, 4, 16, 16)}, torch.zeros(1).long())],
+            ),
+            Exception,
+            "",
+        ),
         (lambda: model.add_expert("d", good, classes=["p", "q"], images=labelled(BEIT, 3, 5)), MixtureError, "labelled 4"),
         (lambda: model.remove_expert("d"), MixtureError, "no expert is called 'd'"),
         (lambda: model.fit_gates({"a": labelled(BEIT, 5, 2), "b": broken()}), KeyboardInterrupt, ""),
@@ -247,7 +274,9 @@ def test_unloading_gives_the_base_back():
     assert_unchanged(base, before)
     assert base.config.id2label == BEIT.build().config.id2label and base.num_labels == 3
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
-    assert not any("ContextGatedMOE" in str(type(vars(module).get("_gradient_checkpointing_func"))) for module in base.modules())
+    assert not any(
+        "ContextGatedMOE" in str(type(vars(module).get("_gradient_checkpointing_func"))) for module in base.modules()
+    )
 
 
 # --- Merging and exporting --------------------------------------------------------------------------------------------
@@ -311,14 +340,25 @@ def assert_refused(base: nn.Module, folder: Path, message: str = "'culprit'") ->
 
 
 def test_an_adapter_that_no_mixture_reproduces_is_refused(tmp_path):
-    for number, options in enumerate((
-        dict(use_dora=True), dict(bias="all"), dict(bias="lora_only"), dict(lora_bias=True), dict(init_lora_weights="pissa"),
-        dict(init_lora_weights="olora"), dict(target_modules=["projection"]), dict(modules_to_save=["layernorm"]),
-        dict(modules_to_save=["mlp"]), dict(target_parameters=["fc1.weight"], target_modules=["q_proj"]), dict(kasa_config=KasaConfig()),
-        dict(monteclora_config=MontecloraConfig()), dict(alora_invocation_tokens=[1]),
-        dict(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["fc1"], nblocks=2)),
-        dict(config=IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"])),
-    )):
+    for number, options in enumerate(
+        (
+            dict(use_dora=True),
+            dict(bias="all"),
+            dict(bias="lora_only"),
+            dict(lora_bias=True),
+            dict(init_lora_weights="pissa"),
+            dict(init_lora_weights="olora"),
+            dict(target_modules=["projection"]),
+            dict(modules_to_save=["layernorm"]),
+            dict(modules_to_save=["mlp"]),
+            dict(target_parameters=["fc1.weight"], target_modules=["q_proj"]),
+            dict(kasa_config=KasaConfig()),
+            dict(monteclora_config=MontecloraConfig()),
+            dict(alora_invocation_tokens=[1]),
+            dict(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["fc1"], nblocks=2)),
+            dict(config=IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"])),
+        )
+    ):
         assert_refused(BEIT.build(), save_adapter(BEIT.build(), tmp_path / f"{number}", **{
             "r": 2, "target_modules": ["q_proj", "fc1"], **options}))
     for number, options in enumerate((dict(target_modules=["word_embeddings", "query"]),
@@ -328,7 +368,9 @@ def test_an_adapter_that_no_mixture_reproduces_is_refused(tmp_path):
 
 def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(beit_adapters, all_adapters, tmp_path):
     for options in (dict(hidden_size=8), dict(num_hidden_layers=1), dict(num_hidden_layers=3)):
-        other = save_adapter(beit(**options), tmp_path / "other", r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+        other = save_adapter(
+            beit(**options), tmp_path / "other", r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]
+        )
         assert_refused(BEIT.build(), other)
     assert_refused(BEIT.build(), all_adapters[BERT]["headless"])
     assert_refused(BEIT.build(), tmp_path / "nowhere")
@@ -357,7 +399,11 @@ def test_base_layers_that_cannot_be_mixed_are_refused(beit_adapters):
     module.Linear4bit.__module__ = "bitsandbytes.nn"
     packed = BEIT.build()
     packed.beit.layers[0].mlp.fc1.__class__ = module.Linear4bit
-    assert_refused(packed, beit_adapters["scaled"], r"'beit.layers.0.mlp.fc1' is a Linear4bit with weights in 4 or 8 bits; load the base in")
+    assert_refused(
+        packed,
+        beit_adapters["scaled"],
+        r"'beit.layers.0.mlp.fc1' is a Linear4bit with weights in 4 or 8 bits; load the base in",
+    )
     assert "bitsandbytes" not in sys.modules
     eight = BEIT.build()
     eight.beit.layers[0].mlp.fc1.weight = nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)

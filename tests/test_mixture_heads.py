@@ -27,7 +27,7 @@ def test_the_answer_is_a_probability_of_every_class_of_every_expert():
 
 
 def test_the_answer_follows_the_formula():
-    """log p(e, c) = r log g_e + log softmax(s (W_e h + b_e))_c + w log q_c, normalised; one image and one class after the other."""
+    """log p(e, c) = r log g_e + log softmax(s (W_e h + b_e))_c + w log q_c, normalised; one image after the other."""
     model, inputs, seen = joint(BEIT), BEIT.batch(3), []
     head = model.joint_head
     for number, name in enumerate(("router_scale", "expert_scale", "class_share")):
@@ -103,9 +103,20 @@ def test_classes_that_are_the_same_add_up():
         assert_close(answer[:, 1:], expected[:, [1, 3, 4, 5, 6, 7]])
         with model.fixed_gates({"c": 1.0}):
             assert logits(model, inputs).isfinite().all()
-    assert joint(BEIT, same=same).config.id2label == {0: "a / b: x", 1: "a: y", 2: "b: z", 3: "b: u", 4: "b: v", 5: "b: w", 6: "c: only"}
-    for wrong, message in (([[("a", "nothing"), ("b", "x")]], "no class 'nothing'"), ([[("d", "x")]], "expert 'd' has no class"),
-                           ([[("a", "x"), ("b", "x")], [("b", "x"), ("c", "only")]], "in two groups")):
+    assert joint(BEIT, same=same).config.id2label == {
+        0: "a / b: x",
+        1: "a: y",
+        2: "b: z",
+        3: "b: u",
+        4: "b: v",
+        5: "b: w",
+        6: "c: only",
+    }
+    for wrong, message in (
+        ([[("a", "nothing"), ("b", "x")]], "no class 'nothing'"),
+        ([[("d", "x")]], "expert 'd' has no class"),
+        ([[("a", "x"), ("b", "x")], [("b", "x"), ("c", "only")]], "in two groups"),
+    ):
         base = PLAIN.build()
         with pytest.raises(MixtureError, match=message):
             ContextGatedMOE(base, experts(PLAIN, list(CLASSES), (2, 5, 1)), CLASSES, same=wrong)
@@ -117,7 +128,9 @@ def test_without_classes_heads_of_one_label_space_are_mixed_by_the_weights():
         width = case.build().get_submodule(case.head).out_features
         own = experts(case, sizes=(width,) * 3)
         model, seen = randomise_gates(ContextGatedMOE(case.build(), own)), []
-        model.base_model.get_submodule(case.head).register_forward_hook(lambda _, args, output, seen=seen: seen.append((args[0], output)))
+        model.base_model.get_submodule(case.head).register_forward_hook(
+            lambda _, args, output, seen=seen: seen.append((args[0], output))
+        )
         weights = list(recorded(model, case.batch(2)).values())[-1]
         x, y = seen[0]
         single = torch.stack([nn.functional.linear(x, *expert.heads[case.head]) for expert in own])  # (E, B, ...)
@@ -145,10 +158,13 @@ def test_classes_that_do_not_fit_the_experts_are_refused_and_the_base_is_left_al
     two_heads[0].heads["blocks.1"] = (torch.randn(2, 12), torch.randn(2))
     headless = Expert("a", experts(PLAIN)[0].updates)
     for chosen, classes, message in (
-        (own, {"a": ["x", "y"]}, "expert '[bc]' has no classes"), (own, {**CLASSES, "d": ["x"]}, "names 'd', which is no expert"),
+        (own, {"a": ["x", "y"]}, "expert '[bc]' has no classes"),
+        (own, {**CLASSES, "d": ["x"]}, "names 'd', which is no expert"),
         (own, {**CLASSES, "a": ["x"]}, "'a' has a head of 2 outputs at 'head' for 1 classes"),
-        (own, {**CLASSES, "a": ["x", "x"]}, "needs one or more different classes"), (own, {**CLASSES, "c": []}, "not none"),
-        (two_heads, {"a": ["x", "y"]}, "they replace 2 layers"), ([headless], {"a": ["x", "y"]}, "they replace 0 layers"),
+        (own, {**CLASSES, "a": ["x", "x"]}, "needs one or more different classes"),
+        (own, {**CLASSES, "c": []}, "not none"),
+        (two_heads, {"a": ["x", "y"]}, "they replace 2 layers"),
+        ([headless], {"a": ["x", "y"]}, "they replace 0 layers"),
         ([headless, *own[1:]], CLASSES, "'a' has a head of 3 outputs at 'head' for 2 classes"),
         ([own[0], experts(PLAIN, ["z"], (4,))[0]], None, "different widths"),
     ):

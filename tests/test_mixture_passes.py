@@ -34,7 +34,9 @@ BEIT, BERT, LLAMA, PLAIN, SWIN = (CASES[name] for name in ("beit", "bert", "llam
 
 def test_batch_mates_and_their_order_never_matter():
     for name, case in {**CASES, "wav2vec2": WAV2VEC2, "t5": T5}.items():
-        for model in [shared(case)] + ([joint(case), joint(case, top_k=1)] if name in ("beit", "swin", "bert", "plain") else []):
+        for model in [shared(case)] + (
+            [joint(case), joint(case, top_k=1)] if name in ("beit", "swin", "bert", "plain") else []
+        ):
             inputs, order = case.batch(4), [2, 0, 3, 1]
             expected, gates = logits(model, inputs), recorded(model, inputs)
             assert_close(logits(model, rows(inputs, order)), expected[order])
@@ -70,21 +72,29 @@ def test_padding_never_matters():
     expected, gates = logits(model, inputs), recorded(model, inputs)
     mask = inputs["attention_mask"]
     assert_close(logits(model, {**inputs, "input_ids": torch.where(mask.bool(), inputs["input_ids"], 17)}), expected)
-    longer = {"input_ids": torch.cat([inputs["input_ids"], torch.full((3, 5), 9)], 1), "attention_mask": torch.cat([mask, mask[:, :5] * 0], 1)}
+    longer = {
+        "input_ids": torch.cat([inputs["input_ids"], torch.full((3, 5), 9)], 1),
+        "attention_mask": torch.cat([mask, mask[:, :5] * 0], 1),
+    }
     for same in (longer, {**inputs, "attention_mask": mask.bool()}):
         assert_close(logits(model, same), expected)
         assert all(torch.allclose(recorded(model, same)[name], weights, atol=1e-5) for name, weights in gates.items())
     with torch.no_grad():
         assert_close(model(inputs["input_ids"], mask).logits, expected)  # by position
     encoder, texts = shared(T5), T5.batch(2)
-    longer = {name: torch.cat([texts[name], torch.zeros(2, 5, dtype=torch.long)], 1) for name in ("input_ids", "attention_mask")}
+    longer = {
+        name: torch.cat([texts[name], torch.zeros(2, 5, dtype=torch.long)], 1) for name in ("input_ids", "attention_mask")
+    }
     assert_close(logits(encoder, {**texts, **longer}), logits(encoder, texts))
 
 
 def test_a_mask_of_samples_says_nothing_of_tokens():
     """The last entries of a sample's mask, all padding, were once taken for those of the tokens: the gates saw nothing."""
     model, mask = joint(WAV2VEC2), (torch.arange(400) < 300).long().expand(2, -1)
-    gates = [recorded(model, {"input_values": WAV2VEC2.batch(2, seed)["input_values"] * mask, "attention_mask": mask}) for seed in (0, 1)]
+    gates = [
+        recorded(model, {"input_values": WAV2VEC2.batch(2, seed)["input_values"] * mask, "attention_mask": mask})
+        for seed in (0, 1)
+    ]
     assert all((gates[0][name] - gates[1][name]).abs().max() > 1e-6 for name in gates[0])
 
 
@@ -184,7 +194,7 @@ def test_copies_are_mixtures_of_their_own():
 
 
 def replica(module: nn.Module) -> nn.Module:
-    """A replica as `torch.nn.DataParallel` makes one for a device: modules copied, tensors shared and no parameters any more."""
+    """A replica as `torch.nn.DataParallel` makes one: modules copied, tensors shared and no parameters any more."""
     twin = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         twin._modules[name] = None if child is None else replica(child)
@@ -201,8 +211,10 @@ def test_replicas_of_data_parallel_keep_the_fixed_weights_in_their_threads():
     with model.fixed_gates({"b": 1.0}), model.record_gates() as gates:
         replicas, expected = [replica(model), replica(model)], logits(model, inputs)
         gates.clear()
-        threads = [threading.Thread(target=lambda at=at: found.update({at: logits(replicas[at], rows(inputs, [2 * at, 2 * at + 1]))}))
-                   for at in range(2)]
+        threads = [
+            threading.Thread(target=lambda at=at: found.update({at: logits(replicas[at], rows(inputs, [2 * at, 2 * at + 1]))}))
+            for at in range(2)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -216,8 +228,17 @@ def test_trainer_takes_a_mixture_as_it_is(tmp_path):
     assert inspect.signature(model.forward) == inspect.signature(BEIT.build().forward)
     images = [{"pixel_values": image, "labels": label} for inputs, labels in labelled(BEIT, 0, 8, 16)
               for image, label in zip(inputs["pixel_values"], labels, strict=True)]
-    arguments = transformers.TrainingArguments(tmp_path, max_steps=2, per_device_train_batch_size=4, report_to=[], disable_tqdm=True,
-                                               use_cpu=True, gradient_checkpointing=True, learning_rate=0.1, save_strategy="no")
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        gradient_checkpointing=True,
+        learning_rate=0.1,
+        save_strategy="no",
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = transformers.Trainer(model, arguments, train_dataset=[{**image, "file name": "x"} for image in images],
                                    eval_dataset=images)

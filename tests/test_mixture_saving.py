@@ -1,0 +1,347 @@
+"""Tests of mixtures on disk and on the Hub, of the package, and of its README."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hub import serve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mixture_models import (
+    CASES,
+    CLASSES,
+    assert_same_tensors,
+    assert_unchanged,
+    experts,
+    joint,
+    labelled,
+    logits,
+    shared,
+    snapshot,
+)
+from safetensors.torch import load_file, save_file
+
+import ContextGatedMOE as package
+from ContextGatedMOE import ContextGatedMOE, MixtureError
+from ContextGatedMOE.identity import fingerprint
+
+BEIT, BERT, PLAIN = CASES["beit"], CASES["bert"], CASES["plain"]
+PACKAGE = Path(package.__file__).parent
+CONFIG, WEIGHTS, STATISTICS = "cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors"
+
+
+def assert_same_mixture(actual: ContextGatedMOE, expected: ContextGatedMOE) -> None:
+    """Bit for bit the same, the statistics too."""
+    for name in ("expert_names", "classes", "labels", "columns", "same", "gate_hidden", "top_k", "refuse_below"):
+        assert getattr(actual, name) == getattr(expected, name)
+    assert_same_tensors(actual.state_dict(), expected.state_dict())
+    assert actual.statistics.keys() == expected.statistics.keys()
+    for name, by_layer in expected.statistics.items():
+        assert by_layer.keys() == actual.statistics[name].keys()
+        for layer, statistics in by_layer.items():
+            assert all(
+                torch.equal(tensor, vars(statistics)[key]) for key, tensor in vars(actual.statistics[name][layer]).items()
+            )
+
+
+def test_saved_and_loaded_is_bit_equal(tmp_path):
+    same = [[("a", "x"), ("b", "x")]]
+    for number, model in enumerate(
+        (
+            joint(BEIT, fit=True, same=same, top_k=2),
+            joint(PLAIN, fit=True),
+            shared(BERT),
+            shared(CASES["swin"]),
+            ContextGatedMOE(PLAIN.build(), []),
+        )
+    ):
+        case = (BEIT, PLAIN, BERT, CASES["swin"], PLAIN)[number]
+        model.refuse_below, folder = (0, 0.25, None, None, None)[number], tmp_path / f"{number}"
+        model.save_pretrained(folder)
+        loaded = ContextGatedMOE.from_pretrained(folder, case.build().train())
+        assert_same_mixture(loaded, model)
+        assert torch.equal(logits(loaded, case.batch(3)), logits(model, case.batch(3)))
+        assert not any(module.training for module in loaded.modules())
+        assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+        assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        loaded.save_pretrained(folder)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    loaded = ContextGatedMOE.from_pretrained(tmp_path / "0", BEIT.build())  # it goes on as the one that was saved would
+    model = joint(BEIT, fit=True, same=same, top_k=2)
+    for one in (loaded, model):
+        one.add_expert("d", experts(BEIT, ["d"], (2,))[0], classes=["p", "q"], images=labelled(BEIT, 3, 2))
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    shared(PLAIN).save_pretrained(tmp_path / "1")  # over one with statistics
+    assert ContextGatedMOE.from_pretrained(tmp_path / "1", PLAIN.build()).statistics == {}
+
+
+def test_what_is_saved_is_gates_experts_heads_and_statistics_only(tmp_path):
+    model = joint(BEIT, fit=True)
+    model.save_pretrained(tmp_path)
+    stored, base = load_file(tmp_path / WEIGHTS), BEIT.build().state_dict()
+    assert {name.rpartition(".")[2] for name in stored} == {
+        "lora_A",
+        "lora_B",
+        "expert_weight",
+        "expert_bias",
+        "coefficient",
+        "weight",
+        "bias",
+        "axes",
+        "origin",
+        "centres",
+        "router_scale",
+        "expert_scale",
+        "class_share",
+    }
+    assert not any(torch.equal(tensor, own) for tensor in stored.values() for own in base.values() if own.shape == tensor.shape)
+    assert {name.split("/")[0] for name in load_file(tmp_path / STATISTICS)} == set(CLASSES)
+
+
+def test_opening_by_name_prints_nothing(tmp_path, capfd):
+    base = BEIT.build()
+    base.beit.save_pretrained(tmp_path / "base")  # a backbone without a head: the experts bring theirs
+    base = type(base).from_pretrained(tmp_path / "base", num_labels=7).eval()
+    model = ContextGatedMOE(base, experts(BEIT, list(CLASSES), (2, 5, 1)), CLASSES)
+    model.save_pretrained(tmp_path / "saved")
+    capfd.readouterr()
+    loaded = ContextGatedMOE.from_pretrained(tmp_path / "saved")
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(logits(loaded, BEIT.batch(2)), logits(model, BEIT.batch(2)))
+    half = ContextGatedMOE.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, device_map="cpu")
+    assert half.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in half.gate_parameters()} == {torch.float32}
+
+
+def test_the_base_is_known_in_any_floating_point_type_and_no_other_is_taken(tmp_path):
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+    def base(*types: str, seed: int = 0):
+        model = BEIT.build(seed)
+        for name in types:
+            model = model.to(kinds[name])
+        return model
+
+    def nearly(*types: str):
+        model = base()
+        model.beit.layers[1].mlp.fc1.weight.data[3, 3] += 1e-2
+        return model.to(kinds[types[0]])
+
+    for kept, known in {
+        "float32": [base("float32"), base("bfloat16"), base("float16")],
+        "bfloat16": [base("bfloat16"), base("bfloat16", "float32"), base(), base("bfloat16", "float16")],
+        "float16": [base("float16"), base("float16", "float32"), base()],
+    }.items():
+        ContextGatedMOE(base(kept), experts(BEIT, list(CLASSES), (2, 5, 1)), CLASSES).save_pretrained(tmp_path / kept)
+        for model in known:
+            dtype = next(model.parameters()).dtype
+            assert ContextGatedMOE.from_pretrained(tmp_path / kept, model).dtype == dtype
+        for other in (base(seed=1), base("bfloat16", seed=1), nearly("float32"), nearly("bfloat16"), nearly("float16")):
+            before = snapshot(other)
+            with pytest.raises(MixtureError, match="is not the one .* was made for"):
+                ContextGatedMOE.from_pretrained(tmp_path / kept, other)
+            assert_unchanged(other, before)
+            ContextGatedMOE.from_pretrained(tmp_path / kept, other, check_base=False)
+    with pytest.raises(MixtureError):  # rounded where the mixture was made on all digits
+        ContextGatedMOE.from_pretrained(tmp_path / "float32", base("bfloat16", "float32"))
+    heads = ["classifier"]
+    one, two = base(), base()
+    two.classifier.reset_parameters()
+    assert fingerprint(one, heads) == fingerprint(two, heads) == joint(BEIT).base_fingerprint() != fingerprint(one, [])
+
+
+def test_a_base_that_cannot_be_found_is_refused(tmp_path):
+    base = BEIT.build()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    for change, message in (
+        ({"base_class": "NoSuchModel"}, "cannot be loaded by name"),
+        ({"base_class": "pipeline"}, "cannot be loaded by name"),
+        ({"base_model": "/no/such/folder"}, "cannot be loaded; pass"),
+        ({"base_dtype": "float33"}, "cannot be loaded; pass"),
+        ({"base_model": None}, "cannot be loaded by name"),
+    ):
+        ContextGatedMOE(base, []).save_pretrained(tmp_path)
+        ContextGatedMOE.from_pretrained(tmp_path)
+        edit(tmp_path, lambda config, change=change: config.update(change))
+        with pytest.raises(MixtureError, match=message):
+            ContextGatedMOE.from_pretrained(tmp_path)
+
+
+def edit(folder: Path, change: object) -> None:
+    """Change the configuration of a saved mixture."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[ContextGatedMOE, Path]:
+    model, folder = joint(PLAIN, fit=True), tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def assert_refused_or_intact(model: ContextGatedMOE, folder: Path) -> bool:
+    """What is left of a saved mixture is refused in one line and leaves the base alone (True), or loads unharmed."""
+    base = PLAIN.build()
+    before = snapshot(base)
+    try:
+        loaded = ContextGatedMOE.from_pretrained(folder, base)
+    except MixtureError as error:
+        assert "\n" not in str(error)
+        assert_unchanged(base, before)
+        return True
+    assert_same_mixture(loaded, model)
+    return False
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    model, source = saved
+    for name in (CONFIG, WEIGHTS, STATISTICS):
+        folder = shutil.copytree(source, tmp_path / name)
+        (folder / name).unlink()
+        with pytest.raises(MixtureError, match=name):
+            ContextGatedMOE.from_pretrained(folder, PLAIN.build())
+    for text in ("[1]", "{}", '{"format": 1}', '{"format": 2}'):
+        folder = shutil.copytree(source, tmp_path / "damaged", dirs_exist_ok=True)
+        (folder / CONFIG).write_text(text)
+        assert assert_refused_or_intact(model, folder)
+    for change in (lambda t: t.popitem(), lambda t: t.update({"head.other": torch.ones(2)}),
+                   lambda t: t.update({"base.lora_A": torch.ones(3, 3)})):
+        folder = shutil.copytree(source, tmp_path / "damaged", dirs_exist_ok=True)
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+        with pytest.raises(MixtureError, match="checksum"):
+            ContextGatedMOE.from_pretrained(folder, PLAIN.build())
+        edit(folder, lambda config, folder=folder: config.update(weights_sha256=sha256(folder / WEIGHTS)))
+        with pytest.raises(MixtureError, match="does not hold together"):
+            ContextGatedMOE.from_pretrained(folder, PLAIN.build())
+    for key, values in {
+        "experts": [["z", "b", "c"], [1, 2, 3], []],
+        "classes": [{"a": ["x"]}, {"a": 1, "b": 2, "c": 3}],
+        "heads": [[], ["norm"]],
+        "ranks": [{}, {"base": [1]}, {"base": "x"}],
+        "same": [["x"], [[["a", "nothing"]]]],
+        "gate_hidden": [0, 9, "x", True],
+        "top_k": [0, 1.5],
+        "base_rounded": ["x"],
+        "refuse_below": ["x"],
+        "statistics_sha256": ["x"],
+    }.items():
+        for value in values:
+            folder = shutil.copytree(source, tmp_path / "damaged", dirs_exist_ok=True)
+            edit(folder, lambda config, key=key, value=value: config.update({key: value}))
+            assert assert_refused_or_intact(model, folder), (key, value)
+
+
+def sha256(file: Path) -> str:
+    from ContextGatedMOE.saving import _file_digest
+    return _file_digest(file)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STATISTICS])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_bytes_cut_or_flipped_are_refused(saved, tmp_path_factory, name, data):
+    model, source = saved
+    folder = shutil.copytree(source, tmp_path_factory.mktemp("damaged") / "copy")
+    content = bytearray((folder / name).read_bytes())
+    start = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        del content[start:]
+    else:
+        content[start] ^= data.draw(st.integers(1, 255))
+    (folder / name).write_bytes(content)
+    assert assert_refused_or_intact(model, folder)
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with serve({}) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def test_a_mixture_goes_to_the_hub_and_comes_back(hub, tmp_path):
+    first, second = joint(BEIT, fit=True), joint(BEIT)
+    figures = {"accuracy on 800 test images": 0.95, "top | 1": "x"}
+    address = first.push_to_hub("someone/mixture", figures=figures, made="Trained on a rainy day.", token="secret")
+    second.push_to_hub("someone/mixture", token="secret")
+    earlier = address.rpartition("/commit/")[2]
+    options = dict(cache_dir=tmp_path / "cache", token="secret")
+    assert_same_mixture(ContextGatedMOE.from_pretrained("someone/mixture", BEIT.build(), **options), second)
+    assert_same_mixture(ContextGatedMOE.from_pretrained("someone/mixture", BEIT.build(), revision=earlier, **options), first)
+    hub.repos["someone/many"] = {f"inner/one/{name}": content for name, content in hub.repos["someone/mixture"].items()}
+    assert_same_mixture(ContextGatedMOE.from_pretrained("someone/many", BEIT.build(), subfolder="inner/one", **options), second)
+    hub.repos["someone/empty"] = {"README.md": b"x"}
+    for name, more, message in (
+        ("someone/nothing", {}, "cannot be fetched"),
+        ("someone/empty", {}, f"{CONFIG} is missing"),
+        ("someone/mixture", {"revision": "nowhere"}, "cannot be fetched"),
+        ("no such name", {}, "no such folder"),
+        (str(tmp_path / "nowhere"), {}, "nowhere"),
+    ):
+        with pytest.raises(MixtureError, match=message) as refusal:
+            ContextGatedMOE.from_pretrained(name, BEIT.build(), **more, **options)
+        assert "\n" not in str(refusal.value)
+    card = hub.earlier["someone/mixture", earlier]["README.md"].decode()
+    for text in (
+        "library_name: context-gated-moe",
+        "| a | x, y | 24 |",
+        "| c | only | 24 |",
+        "Trained on a rainy day.",
+        "closed form",
+        "| accuracy on 800 test images | 0.95 |",
+        r"| top \| 1 | x |",
+        'from_pretrained("someone/mixture")',
+    ):
+        assert text in card
+    assert "Figures" not in second.model_card() and "have not been fitted" in second.model_card()
+
+
+# --- The package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_readme_runs_with_the_package_as_it_is_installed(tmp_path):
+    """Built with setuptools, unpacked alone in a folder, without the rest of the project beside it."""
+    source = shutil.copytree(PACKAGE, tmp_path / "source", ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    site = tmp_path / "site"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--target",
+        str(site),
+        str(source),
+    ]
+    subprocess.run(pip, check=True, capture_output=True, text=True)
+    installed = {file.name for file in (site / "ContextGatedMOE").glob("*.py")}
+    assert installed == {file.name for file in PACKAGE.glob("*.py")}
+    example, = re.findall(r"```python\n(.*?)```", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env={"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"(\d+) of 60 right", done.stdout)[1]) >= 55
