@@ -124,10 +124,10 @@ def frame_in(file, function, below):
 
 def test_a_moment_belongs_to_its_innermost_known_call():
     here = lambda: phase_of(sys._getframe())  # noqa: E731
-    evaluating = frame_in("/x/common/training.py", "evaluate", here)
+    evaluating = frame_in("/x/common/training/evaluate.py", "evaluate", here)
     assert evaluating() == "evaluation"
-    assert frame_in("/x/common/training.py", "fit", evaluating)() == "evaluation"
-    assert frame_in("/x/common/training.py", "fit", here)() == "training"
+    assert frame_in("/x/common/training/loop.py", "fit", evaluating)() == "evaluation"
+    assert frame_in("/x/common/training/loop.py", "fit", here)() == "training"
     assert frame_in("/x/elsewhere.py", "fit", here)() == "other"
 
 

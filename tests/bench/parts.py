@@ -8,6 +8,7 @@ from torch import nn
 from common.cli.flags import BenchmarkConfig
 from common.cli.parser import parse
 from common.data.tensors import ImageSet
+from common.training import evaluate as evaluation
 from common.training import loop as training
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
@@ -84,9 +85,9 @@ def evaluation_batch(settings: Settings) -> Benchmark:
     flops = count * forward_flops(model, images(settings, 1, model)[0][0])
 
     def evaluate(size: int) -> None:
-        before, training.EVALUATION_BATCH = training.EVALUATION_BATCH, size
-        training.evaluate(model, data, config)
-        training.EVALUATION_BATCH = before
+        before, evaluation.EVALUATION_BATCH = evaluation.EVALUATION_BATCH, size
+        evaluation.evaluate(model, data, config)
+        evaluation.EVALUATION_BATCH = before
 
     cases = [Case(f"batches of {size}", lambda size=size: evaluate(size), count, flops, FP32) for size in (16, 64, 256)]
     return cases, [Ratio(f"batches of {size} / of 64", f"batches of {size}", "batches of 64") for size in (16, 256)]

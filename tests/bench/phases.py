@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-# A moment of a script belongs to the innermost of its calls that is named here: end of the file's name, function (None is
+# A moment of a script belongs to the innermost of its calls that is named here: a part of the file's path, function (None is
 # any), phase.
 CALLS = [
-    ("common/training.py", "evaluate", "evaluation"), ("common/training.py", "features", "evaluation"),
-    ("common/training.py", "fit", "training"), ("common/plotting.py", None, "plots"), ("common/data.py", None, "data"),
-    ("common/checkpoint.py", None, "files"), ("common/files.py", None, "files"), ("common/results.py", None, "files"),
+    ("training/evaluate.py", "evaluate", "evaluation"), ("training/evaluate.py", "features", "evaluation"),
+    ("training/loop.py", "fit", "training"), ("results/plotting.py", None, "plots"), ("common/data/", None, "data"),
+    ("training/checkpoint.py", None, "files"), ("common/files.py", None, "files"), ("results/folder.py", None, "files"),
     ("common/models.py", "save", "files"), ("common/models.py", None, "models"), ("<frozen importlib._bootstrap>", None, "import"),
 ]
 PHASES = ["import", "data", "models", "training", "evaluation", "plots", "files", "other"]
@@ -29,7 +29,7 @@ def phase_of(frame: FrameType | None) -> str:
     while frame is not None:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
         for ending, name, phase in CALLS:
-            if file.endswith(ending) and name in (None, function):
+            if ending in file and name in (None, function):
                 return phase
         frame = frame.f_back
     return "other"
