@@ -81,15 +81,16 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 def test_operations_of_a_mixture_are_those_of_all_experts_and_gates():
-    """Three experts of rank 16 and gates of width 4, by hand: a product with A and the gate, one with B, the heads."""
-    base, tokens, experts_in_all, rank, hidden = tiny_beit(0, num_labels=4), 17, 3, 3 * 16, 4
+    """Three experts of rank 16 by hand: in each of two blocks products with A and B and a gate, at last the heads."""
+    base, tokens, experts_in_all, rank, hidden = tiny_beit(0, num_labels=4), 17, 3, 3 * 16, 128
     model = mixture(base, experts_in_all)
     widths = [(32, 32)] * 4 + [(32, 64), (64, 32)]
-    updates = sum(2 * tokens * (wide * (rank + hidden) + rank * out) for wide, out in widths)
-    gates = 2 * hidden * experts_in_all
-    head = 2 * 32 * hidden + gates + (experts_in_all - 1) * 2 * 32 * 4
+    updates = sum(2 * tokens * rank * (wide + out) for wide, out in widths)
+    pooled = 2 * tokens * ((2 + 4) * 32 + 4 * hidden)  # mean, deviation and four parts of the tokens, four of the hidden units
+    gate = 2 * tokens * 32 * hidden + pooled + 2 * (6 * 32 + 4 * hidden) * experts_in_all
+    head = (experts_in_all - 1) * 2 * 32 * 4
     image = torch.randn(3, 32, 32)
-    assert forward_flops(model, image) - forward_flops(base, image) == 2 * (updates + len(widths) * gates) + head
+    assert forward_flops(model, image) - forward_flops(base, image) == 2 * (updates + gate) + head
 
 
 def test_the_xlora_loop_over_equal_experts_is_that_one_adapter():
