@@ -108,8 +108,10 @@ def _seen(model: nn.Module, images: Mapping[str, Batches]) -> tuple[Tensor, Tens
 def _fit(model: nn.Module, scores: Tensor, logits: Tensor, labels: Tensor, weights: Tensor) -> float:
     """Choose the gates' coefficients and the head's numbers by LBFGS; all stay at or above zero."""
     head, gates = model.joint_head, model.gates()
+    if logits.device.type != "mps":  # which has no fp64; elsewhere rounding is not to decide where the search ends
+        scores, logits, weights = scores.double(), logits.double(), weights.double()
     numbers = [*(gate.coefficient for gate in gates.values()), *(getattr(head, name) for name in HEAD_NUMBERS)]
-    start = torch.tensor([*[START] * len(gates), *HEAD_START], device=logits.device)
+    start = torch.tensor([*[START] * len(gates), *HEAD_START], dtype=logits.dtype, device=logits.device)
     free = start.expm1().log().requires_grad_()  # the inverse of softplus
     optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
     owner = head.classes.owner[labels]

@@ -190,8 +190,8 @@ BAD_INPUTS = {
               spoil=holds("fire_dataset/manifest.json", content))
           for script, content in zip(SCRIPTS, ("", "{", "[]", "\0", "{}", '{"classes": 4}'), strict=True)),
         Bad("Data_Preparation", ("--fire_source {root}/a\\udcff", "rename"), ("--fire_source", "{root}/a\udcff")),
-        Bad("Data_Preparation", ("--fire_source", "class", "a\\udcff", "rename"), ("--fire_source", "{root}"),
-            and_then(lambda place, _: (place.root / "a\udcff").mkdir(), holds("a\udcff/0.png", ""))),
+        Bad("Data_Preparation", ("--fire_source", "class", "a\\udcff", "rename"), ("--fire_source", "{root}/new"),
+            and_then(lambda place, _: (place.root / "new" / "a\udcff").mkdir(parents=True), holds("new/a\udcff/0.png", ""))),
         Bad("Benchmark", ("fire_dataset", "Data_Preparation.py", "--overwrite"), spoil=damage_images),
         *(Bad(script, ("data.fire = ", "--overwrite"), spoil=exchange_images, anew=False) for script in AFTER_DATA),
         Bad("Lora_Finetune", ("fire_base", "other images", MAKE_BASE, "--overwrite"), spoil=exchange_images),

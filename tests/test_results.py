@@ -262,8 +262,8 @@ def test_names_in_pictures_are_text_and_short(tmp_path, monkeypatch, capsys):
     plotting.curves(tmp_path / "c.png", history, "loss", "a $ b $ \\frac")
     routes = pd.DataFrame([{"Task": name, "Layer": "$l$", **dict.fromkeys(ODD_NAMES, 0.1)} for name in ODD_NAMES])
     plotting.routing(tmp_path / "r.png", routes, "$$")
-    table = pd.DataFrame([{"method": "$$ a", "task": task, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6,
-                           "accuracy_mean": 0.5, "seeds": 1} for task in [*ODD_NAMES, "All"]])
+    table = pd.DataFrame([{"method": "$$ a", "group": "$g_$", "task": task, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6,
+                           "accuracy_told_task": 0.55, "accuracy_mean": 0.5, "seeds": 1} for task in [*ODD_NAMES, "All"]])
     plotting.comparison(tmp_path / "k.png", table, "_")
     assert all((tmp_path / f"{name}.png").exists() for name in "mcrk") and "cannot" not in capsys.readouterr().err
 

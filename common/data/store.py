@@ -69,4 +69,9 @@ def read_manifest(task: Task, config: RunFlags) -> dict[str, Any]:
     folder = Path(config.root) / task.dataset_folder
     if not (folder / MANIFEST_FILE).exists():
         raise UserError(f"there are no images of {task.name} in {folder}; run {command('Data_Preparation', config)}")
-    return read_json(folder / MANIFEST_FILE, f"run {command('Data_Preparation', config)} --overwrite", MANIFEST)
+    fix = f"run {command('Data_Preparation', config)} --overwrite"
+    manifest = read_json(folder / MANIFEST_FILE, fix, MANIFEST)
+    info = read_json(folder / "train" / "dataset_info.json", fix)  # as datasets wrote it
+    if manifest["classes"] != info.get("features", {}).get("label", {}).get("names"):
+        raise UserError(f"{folder / MANIFEST_FILE} names other classes than the images have; {fix}")
+    return manifest
