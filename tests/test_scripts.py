@@ -19,9 +19,10 @@ from transformers import AutoModelForImageClassification, BeitForImageClassifica
 
 from common import models
 from common.cli.flags import SCRIPTS
+from common.comparison import mixture
 from common.errors import UserError
 from common.files import read_json
-from common.results.metrics import confusion, scores
+from common.results.metrics import confusion, scores, told_scores
 from common.tasks import DOCUMENTED
 from common.training import evaluate as evaluation
 from common.training.evaluate import evaluate, features
@@ -40,7 +41,11 @@ HISTORIES = {
 MODEL_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "provenance.json"]
 LORA_FILES = ["adapter_config.json", "adapter_model.safetensors", *MODEL_FILES[2:]]
 MIXTURE_FILES = ["cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors", "config.json", *MODEL_FILES[2:]]
+STATISTICS = "CGM_Lora/Models/fire_game_cgm_lora/cgm_statistics.safetensors"
 BLOCK_LINEARS = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"]
+LEARNED = (  # how the names of a mixture's trainable tensors end
+    "context_gate.score.weight", "context_gate.score.bias", "context_gate.coefficient", "router_scale", "expert_scale",
+    "class_share")
 # A setting of every script that makes other results.
 OTHER_SETTING = {
     "Data_Preparation": ["--images_per_class", "12"],
@@ -151,9 +156,12 @@ def test_config_json_tells_the_settings_and_that_it_is_a_demo(workspace, tasks, 
 @every_task
 @every_method
 def test_columns_are_those_of_the_design(workspace, tasks, method, key):
-    classes = data_of(tasks, key).classes
-    gates = ["Gate fire", "Gate game"] if method == "CGM_Lora" else []
-    expected = ["Image", "Predicted Class", "Actual Class", *(f"Probability {name}" for name in classes), *gates]
+    expected = ["Image", "Predicted Class", "Actual Class"]
+    if method == "CGM_Lora":  # the classes of all tasks, whichever task the images are of
+        every_class = [f"Probability {data.task.key}: {name}" for data in tasks for name in data.classes]
+        expected += ["Predicted Task", *every_class, "Gate fire", "Gate game", "Familiarity"]
+    else:
+        expected += [f"Probability {name}" for name in data_of(tasks, key).classes]
     assert list(workspace.predictions(method, TITLES[key])) == expected
 
 
@@ -177,8 +185,10 @@ def test_probabilities_sum_to_one(workspace, method, key):
 @every_method
 def test_the_predicted_class_is_the_most_probable(workspace, method, key):
     table = workspace.predictions(method, TITLES[key])
-    predicted = [row[f"Probability {row['Predicted Class']}"] for _, row in table.iterrows()]
-    assert np.array_equal(predicted, probability_columns(table).max(1))
+    said = table["Predicted Class"]
+    if method == "CGM_Lora":
+        said = table["Predicted Task"] + ": " + said
+    assert list("Probability " + said) == list(table.filter(like="Probability ").idxmax(axis=1))
 
 
 @every_task
@@ -187,13 +197,15 @@ def test_gate_weights_are_shares(workspace, key):
     assert gates.min() >= 0 and np.allclose(gates.sum(1), 1, atol=5e-6)
 
 
-def test_the_routing_table_has_every_gated_layer_of_every_task(workspace):
+def test_the_routing_table_has_the_mean_weights_before_every_block_for_every_task(workspace):
     table = pd.read_csv(workspace.results / "CGM_Lora" / "CGM_Lora_Routing.csv")
-    layers = [f"beit.layers.{block}.{linear}" for block in range(2) for linear in BLOCK_LINEARS] + ["classifier"]
-    assert list(table) == ["Task", "Layer", "fire", "game"]
+    assert list(table) == ["Task", "Layer", *KEYS]
     rows = list(zip(table["Task"], table["Layer"], strict=True))
-    assert rows == [(task.name, layer) for task in DOCUMENTED for layer in layers]
+    assert rows == [(task.name, f"beit.layers.{block}") for task in DOCUMENTED for block in range(2)]
     assert np.allclose(table["fire"] + table["game"], 1, atol=5e-6)
+    for task in DOCUMENTED:  # the gates of the images are the same weights, averaged over blocks instead of over images
+        by_image = workspace.predictions("CGM_Lora", TITLES[task.key])["Gate fire"]
+        assert table[table["Task"] == task.name]["fire"].mean() == pytest.approx(by_image.mean(), abs=5e-6)
 
 
 # ---- summary and history ----
@@ -213,10 +225,11 @@ def test_the_summary_has_a_row_for_every_method_and_task(workspace):
 def test_predictions_confusion_matrix_and_summary_agree(workspace, tasks, method, key):
     table, summary = workspace.predictions(method, TITLES[key]), workspace.summary()
     row = summary[(summary["method"] == method) & (summary["task"] == TITLES[key])].iloc[0]
-    counts, _ = confusion(table, data_of(tasks, key).classes)
+    classes, joint = data_of(tasks, key).classes, key if method == "CGM_Lora" else None
+    counts, _ = confusion(table, classes, joint)
     assert counts.sum() == len(table)
     assert row["accuracy"] == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-6)
-    for name, value in scores(table).items():
+    for name, value in (scores(table, joint) | (told_scores(table, key, classes) if joint else {})).items():
         assert row[name] == pytest.approx(value, abs=1e-6)
 
 
@@ -231,12 +244,12 @@ def test_the_summary_counts_what_was_trained(workspace, method, key):
     """Heads, all weights, adapters with their heads, gates: counted anew from the saved files."""
     width, classes = 32, 4
     head = width * classes + classes
-    adapters, mixture = adapter_tensors(workspace, key), mixture_tensors(workspace)
+    adapters, gated = adapter_tensors(workspace, key), mixture_tensors(workspace)
     expected = {
         "Base_Models": head,
         "Finetune": sum(p.numel() for p in open_trained(workspace, "Finetune", key).parameters()),
         "Lora_Finetune": sum(tensor.numel() for tensor in adapters.values()),
-        "CGM_Lora": sum(tensor.numel() for name, tensor in mixture.items() if ".gate." in name),
+        "CGM_Lora": sum(tensor.numel() for name, tensor in gated.items() if name.endswith(LEARNED)),
     }
     summary = workspace.summary().set_index(["method", "task"])
     assert summary.loc[(method, TITLES[key]), "trainable_parameters"] == expected[method]
@@ -307,12 +320,14 @@ def test_an_adapter_file_holds_adapters_and_head_only(workspace, key):
     assert set(adapter_tensors(workspace, key)) == adapters | head
 
 
-def test_a_mixture_file_holds_gates_experts_and_heads_only(workspace):
-    gate = [f"gate.{layer}.{name}" for layer in ("hidden", "output") for name in ("weight", "bias")]
-    linears = {f"beit.layers.{block}.{linear}.{name}"
-               for block in range(2) for linear in BLOCK_LINEARS for name in ("lora_A", "lora_B", *gate)}
-    heads = {f"classifier.{name}" for name in ("expert_weight", "expert_bias", *gate)}
-    assert set(mixture_tensors(workspace)) == linears | heads
+def test_a_mixture_file_holds_gates_experts_and_one_head_only(workspace):
+    """A gate before every block; statistics, which gates of other experts are made from, are in a file of their own."""
+    gates = {f"beit.layers.{block}.context_gate.{name}" for block in range(2)
+             for name in ("score.weight", "score.bias", "coefficient", "axes", "origin", "centres")}
+    experts = {f"beit.layers.{block}.{linear}.lora_{matrix}"
+               for block in range(2) for linear in BLOCK_LINEARS for matrix in "AB"}
+    head = {f"classifier.{name}" for name in ("expert_weight", "expert_bias", "router_scale", "expert_scale", "class_share")}
+    assert set(mixture_tensors(workspace)) == gates | experts | head
 
 
 # ---- what stays frozen ----
@@ -337,16 +352,16 @@ def test_lora_training_moves_adapters_and_head_and_nothing_else(workspace, tasks
 
 def test_the_trained_mixture_holds_the_experts_as_they_were(workspace):
     """The stacked experts and heads after training are those of the LoRA models, with scale alpha / rank = 2."""
-    mixture, experts = mixture_tensors(workspace), [adapter_tensors(workspace, key) for key in KEYS]
+    stacked, experts = mixture_tensors(workspace), [adapter_tensors(workspace, key) for key in KEYS]
     for block in range(2):
         for linear in BLOCK_LINEARS:
             name = f"beit.layers.{block}.{linear}"
             down = torch.cat([expert[f"base_model.model.{name}.lora_A.weight"] for expert in experts])
             up = torch.cat([expert[f"base_model.model.{name}.lora_B.weight"] for expert in experts], dim=1)
-            assert torch.equal(mixture[f"{name}.lora_A"], down) and torch.equal(mixture[f"{name}.lora_B"], 2 * up)
+            assert torch.equal(stacked[f"{name}.lora_A"], down) and torch.equal(stacked[f"{name}.lora_B"], 2 * up)
     for part in ("weight", "bias"):
-        heads = torch.stack([expert[f"base_model.model.classifier.{part}"] for expert in experts])
-        assert torch.equal(mixture[f"classifier.expert_{part}"], heads)
+        heads = torch.cat([expert[f"base_model.model.classifier.{part}"] for expert in experts])
+        assert torch.equal(stacked[f"classifier.expert_{part}"], heads)
 
 
 def test_the_base_of_the_trained_mixture_is_as_it_was(workspace):
@@ -357,9 +372,24 @@ def test_the_base_of_the_trained_mixture_is_as_it_was(workspace):
     assert saved["base_fingerprint"] == fresh.base_fingerprint()
 
 
-def test_every_gate_of_the_trained_mixture_moved(workspace):
-    outputs = [tensor for name, tensor in mixture_tensors(workspace).items() if name.endswith("gate.output.weight")]
-    assert len(outputs) == 13 and all(tensor.any() for tensor in outputs)  # zero at first
+def test_the_gates_are_those_of_the_training_images_or_were_trained_from_there(workspace, tasks):
+    """Another fit to the same images has the same statistics and, where the start was chosen, the same gates and numbers."""
+    config = workspace.config("CGM_Lora")
+    fresh, saved = mixture.build(config, tasks), open_trained(workspace, "CGM_Lora", "fire")
+    untouched = {name: value.clone() for name, value in fresh.state_dict().items()}
+    mixture.fit_start(fresh, config, tasks)
+    for expert, by_layer in fresh.statistics.items():
+        for layer, sums in by_layer.items():
+            for name, value in vars(sums).items():
+                assert torch.allclose(vars(saved.statistics[expert][layer])[name], value, rtol=1e-5)
+    history = pd.read_csv(workspace.results / "CGM_Lora/CGM_Lora_History.csv")
+    started = history.loc[history["chosen"] == 1, "epoch"].item() == 0
+    learned = [name for name in untouched if name.endswith(LEARNED)]
+    assert len(learned) == 2 * 3 + 3
+    for name in learned:
+        now, start = saved.state_dict()[name], fresh.state_dict()[name]
+        assert not torch.equal(now, untouched[name]), name
+        assert torch.allclose(now, start, atol=1e-5) == started, name
 
 
 # ---- the same again ----
@@ -404,7 +434,7 @@ def test_the_same_seed_gives_the_same_summary_but_for_time_and_memory(workspace,
 def test_another_seed_gives_other_files(workspace, reseeded):
     first, second = hashes(workspace.results), hashes(reseeded.results)
     same = {name for name in first if first[name] == second[name] and name.endswith((".csv", ".safetensors"))}
-    assert same == set()
+    assert same == {STATISTICS}  # of the images, as the pretrained backbone alone sees them
 
 
 # ---- running a finished script again ----
