@@ -107,7 +107,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         settings = self.__dict__.get("replica_settings")
         if settings is None:
             return self.base_model(*args, **kwargs)
-        with self.router.using(fixed=settings.fixed, plain=settings.plain):
+        with self.router.using(fixed=settings.fixed, plain=settings.plain, body=settings.body):
             return self.base_model(*args, **kwargs)
 
     # `transformers.Trainer` asks the class, before any base model is known, whether it takes labels.
