@@ -32,13 +32,13 @@ def test_training_lowers_the_loss():
     assert history["training_loss"].iloc[-1] < 0.8 * history["training_loss"].iloc[0]
 
 
-@pytest.mark.parametrize("learning_rate", [0.05, 2.0])
-def test_the_weights_kept_are_those_of_the_lowest_validation_loss(learning_rate):
+def test_the_weights_kept_are_those_of_the_lowest_validation_loss():
     """At the high rate the last epoch is not the best one."""
-    config, validation = settings(epochs=6, learning_rate=learning_rate, warmup_epochs=0), examples(16, seed=1)
-    model = head()
-    history = fit(model, examples(21), validation, config, "test").history
-    assert evaluate(model, validation, config)[1] == pytest.approx(history["validation_loss"].min(), abs=1e-6)
+    for learning_rate in (0.05, 2.0):
+        config, validation = settings(epochs=6, learning_rate=learning_rate, warmup_epochs=0), examples(16, seed=1)
+        model = head()
+        history = fit(model, examples(21), validation, config, "test").history
+        assert evaluate(model, validation, config)[1] == pytest.approx(history["validation_loss"].min(), abs=1e-6)
 
 
 def test_the_best_epoch_may_be_an_early_one():
@@ -46,24 +46,24 @@ def test_the_best_epoch_may_be_an_early_one():
     assert history["chosen"].iloc[-1] == 0 and history["chosen"].sum() == 1
 
 
-@pytest.mark.parametrize("count", [24, 21, 17], ids=["whole steps", "partial step", "one image left"])
-def test_accumulated_batches_equal_one_large_batch(count):
-    train = examples(count)
-    large, large_history = trained(settings(batch_size=8), train)
-    small, small_history = trained(settings(batch_size=4, accumulation_steps=2), train)
-    assert torch.allclose(large, small, atol=1e-5)
-    assert np.allclose(large_history, small_history, atol=1e-5)
+def test_accumulated_batches_equal_one_large_batch():
+    for count in (24, 21, 17):
+        train = examples(count)
+        large, large_history = trained(settings(batch_size=8), train)
+        small, small_history = trained(settings(batch_size=4, accumulation_steps=2), train)
+        assert torch.allclose(large, small, atol=1e-5)
+        assert np.allclose(large_history, small_history, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [8, 5, 1])
-def test_a_step_has_the_gradient_of_the_mean_over_its_images(count):
+def test_a_step_has_the_gradient_of_the_mean_over_its_images():
     """Also where fewer images are left than a step could hold."""
-    model, train, gradients = head(), examples(count), []
-    F.cross_entropy(model(train.inputs), train.labels).backward()
-    expected, model.weight.grad, model.bias.grad = model.weight.grad, None, None
-    model.weight.register_hook(gradients.append)
-    fit(model, train, examples(16), settings(epochs=1, batch_size=4, accumulation_steps=2), "test")
-    assert torch.allclose(sum(gradients), expected, atol=1e-6)
+    for count in (8, 5, 1):
+        model, train, gradients = head(), examples(count), []
+        F.cross_entropy(model(train.inputs), train.labels).backward()
+        expected, model.weight.grad, model.bias.grad = model.weight.grad, None, None
+        model.weight.register_hook(gradients.append)
+        fit(model, train, examples(16), settings(epochs=1, batch_size=4, accumulation_steps=2), "test")
+        assert torch.allclose(sum(gradients), expected, atol=1e-6)
 
 
 def test_the_training_loss_is_the_mean_over_images_not_over_batches():
@@ -114,21 +114,21 @@ def test_tasks_weigh_alike_however_many_images_they_have():
     assert trained(settings(epochs=1, learning_rate=0), data, data, objective=objective)[1]["training_loss"][0] == expected
 
 
-@pytest.mark.parametrize("epochs, learning_rate", [(0, 0.05), (2, 0.05), (2, 1e6)])
-def test_the_model_as_it_comes_can_be_the_chosen_one(epochs, learning_rate):
+def test_the_model_as_it_comes_can_be_the_chosen_one():
     """It is where there is no training, or one that makes it worse."""
-    start, config = weights(head()), settings(epochs=epochs, learning_rate=learning_rate, warmup_epochs=0)
-    found, history = trained(config, start_counts=True)
-    assert history["epoch"].tolist() == list(range(epochs + 1)) and history.loc[0, :"training_loss"].isna().sum() == 1
-    assert history["validation_loss"][0] == pytest.approx(evaluate(head(), examples(16, seed=1), config)[1])
-    assert history["chosen"][0] == torch.equal(found, start) == (learning_rate > 1 or epochs == 0)
-    assert history["chosen"].sum() == 1 and history.drop(0).notna().all(axis=None)
+    for epochs, learning_rate in [(0, 0.05), (2, 0.05), (2, 1e6)]:
+        start, config = weights(head()), settings(epochs=epochs, learning_rate=learning_rate, warmup_epochs=0)
+        found, history = trained(config, start_counts=True)
+        assert history["epoch"].tolist() == list(range(epochs + 1)) and history.loc[0, :"training_loss"].isna().sum() == 1
+        assert history["validation_loss"][0] == pytest.approx(evaluate(head(), examples(16, seed=1), config)[1])
+        assert history["chosen"][0] == torch.equal(found, start) == (learning_rate > 1 or epochs == 0)
+        assert history["chosen"].sum() == 1 and history.drop(0).notna().all(axis=None)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(precision):
-    config = settings(precision=precision)
-    assert torch.equal(trained(config)[0], trained(config)[0])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit():
+    for precision in ("fp32", "bf16"):
+        config = settings(precision=precision)
+        assert torch.equal(trained(config)[0], trained(config)[0])
 
 
 def test_another_seed_gives_another_order_and_other_weights():
@@ -170,12 +170,12 @@ def test_groups_learn_at_their_share_of_the_rate():
     assert torch.equal(model.weight, before_weight) and not torch.equal(model.bias, before_bias)
 
 
-@pytest.mark.parametrize("part", ["train", "validation"])
-def test_a_loss_that_is_not_finite_stops(part):
-    broken = examples(16)
-    broken.inputs[3, 0] = math.inf
-    with pytest.raises(UserError, match="loss is .*--learning_rate"):
-        trained(settings(), **{part: broken})
+def test_a_loss_that_is_not_finite_stops():
+    for part in ("train", "validation"):
+        broken = examples(16)
+        broken.inputs[3, 0] = math.inf
+        with pytest.raises(UserError, match="loss is .*--learning_rate"):
+            trained(settings(), **{part: broken})
 
 
 def test_the_images_seen_are_counted():
@@ -198,13 +198,13 @@ def test_a_head_on_cached_features_learns_as_through_the_frozen_backbone():
 # ---- evaluate ----
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 100])
-def test_evaluation_does_not_depend_on_the_size_of_its_batches(monkeypatch, size):
-    model, data = head(), examples(21)
-    probabilities, loss = evaluate(model, data, settings())
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", size)
-    others, other_loss = evaluate(model, data, settings())
-    assert np.allclose(others, probabilities, atol=1e-6) and other_loss == pytest.approx(loss, abs=1e-6)
+def test_evaluation_does_not_depend_on_the_size_of_its_batches(monkeypatch):
+    for size in (1, 4, 5, 100):
+        model, data = head(), examples(21)
+        probabilities, loss = evaluate(model, data, settings())
+        monkeypatch.setattr(evaluation, "EVALUATION_BATCH", size)
+        others, other_loss = evaluate(model, data, settings())
+        assert np.allclose(others, probabilities, atol=1e-6) and other_loss == pytest.approx(loss, abs=1e-6)
 
 
 def test_evaluation_gives_the_softmax_in_order_and_the_mean_loss():
@@ -232,13 +232,13 @@ def test_evaluation_is_in_fp32_even_where_training_is_in_bf16():
 # ---- rates ----
 
 
-@pytest.mark.parametrize("warmup, total", [(0, 10), (4, 10), (1, 2), (10, 10), (20, 10)])
-def test_the_rate_rises_to_its_peak_and_falls_towards_zero(warmup, total):
-    shares = [warmup_cosine(warmup, total)(step) for step in range(total)]
-    rising, falling = shares[:warmup], shares[warmup:]
-    assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-    assert all(0 < share <= 1 for share in shares)
-    assert not falling or falling[0] == 1
+def test_the_rate_rises_to_its_peak_and_falls_towards_zero():
+    for warmup, total in [(0, 10), (4, 10), (1, 2), (10, 10), (20, 10)]:
+        shares = [warmup_cosine(warmup, total)(step) for step in range(total)]
+        rising, falling = shares[:warmup], shares[warmup:]
+        assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
+        assert all(0 < share <= 1 for share in shares)
+        assert not falling or falling[0] == 1
 
 
 def test_the_rate_is_halfway_down_in_the_middle_and_zero_at_the_end():

@@ -24,8 +24,8 @@ def architecture_of(name: str, config: PreTrainedConfig) -> type[PreTrainedModel
     with torch.device("meta"):
         outline = architecture(copy.deepcopy(config))
     parts = [part for block in block_names(outline) for part in outline.get_submodule(block).modules()]
-    unfit = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
-    if not parts or not isinstance(getattr(outline, HEAD, None), nn.Linear) or any(isinstance(part, unfit) for part in parts):
+    convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
+    if not parts or convolutions or not isinstance(getattr(outline, HEAD, None), nn.Linear):
         raise UserError(f"--model {name} is a {config.model_type} model, not one of linear layers throughout; {choice}")
     return architecture
 

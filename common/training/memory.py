@@ -34,8 +34,8 @@ def in_batches(rows: Tensor, at_once: int, compute: Callable[[Tensor], Result]) 
 
 
 def with_smaller_batches(size: int, compute: Callable[[int], Result]) -> Result:
-    """What `compute` makes of a batch size: `size`, or half of it, a quarter ... from where memory gives out. It begins anew each
-    time. Raises UserError if memory does not suffice for one image."""
+    """What `compute` makes of a batch size: `size`, or half of it, a quarter ... from where memory gives out. It begins anew
+    each time. Raises UserError if memory does not suffice for one image."""
     while True:
         try:
             return compute(size)
