@@ -75,7 +75,7 @@ def _read(path: Path) -> pd.DataFrame:
         header = path.read_text(encoding="utf-8-sig").partition("\n")[0]
         table = pd.read_csv(path, sep=max(",;\t", key=header.count), dtype=str, encoding="utf-8-sig", keep_default_na=False)
         for name in NUMBERS:
-            table[name] = pd.to_numeric(table[name].str.replace(",", ".").replace("", None))
+            table[name] = pd.to_numeric(table[name].str.replace(",", "."))
         table[[*TEXTS]]
     except (OSError, ValueError, KeyError, csv.Error) as error:
         reason = " ".join(str(error).split())[:200]
