@@ -4,7 +4,8 @@
     model = ContextGatedMOE.from_adapters(base_model, {"fire": "fire_lora", "game": "game_lora"})
 """
 
-from ContextGatedMOE.adapters import Expert, MixtureError, read_expert
+from ContextGatedMOE.adapters import Expert, MixtureError
 from ContextGatedMOE.model import ContextGatedMOE, Prediction
+from ContextGatedMOE.reading import read_expert
 
 __all__ = ["ContextGatedMOE", "Expert", "MixtureError", "Prediction", "read_expert"]

@@ -55,13 +55,15 @@ def make(
             f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
             f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space"
         )
-    layers: dict[str, MixtureLayer] = {}
-    for name in [name for name, _ in model.named_modules() if name in replaced | adapted]:
-        base = model.get_submodule(name)
+    bases = {name: base for name, base in model.named_modules() if name in replaced | adapted}
+    for name, base in bases.items():
         if base.weight.is_meta:
             raise MixtureError(f"the base model's '{name}' has no data in memory; load it without offloading")
-        layer = _head(experts, name, base, sizes, columns, router) if name in replaced else MixtureLinear(
-            base, *stack_updates(experts, name, base.weight), name, router)
+    heads = {name: _head(experts, name, base, sizes, columns, router) for name, base in bases.items() if name in replaced}
+    stacks = stack_updates(experts, {name: base for name, base in bases.items() if name in adapted})
+    layers: dict[str, MixtureLayer] = {}
+    for name, base in bases.items():
+        layer = heads[name] if name in heads else MixtureLinear(base, *stacks[name], name, router)
         layers[name] = layer.train(base.training)
     units: dict[Unit, Gate | None] = {}
     for unit, gated in find_units(model, adapted, replaced):

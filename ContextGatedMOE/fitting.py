@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ContextGatedMOE.adapters import MixtureError
 from ContextGatedMOE.gate import START
 from ContextGatedMOE.heads import HEAD_NUMBERS
+from ContextGatedMOE.routing import Enough
 from ContextGatedMOE.statistics import Statistics
 
 ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
@@ -48,16 +50,19 @@ def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any],
 def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[str, Statistics]:
     """Statistics of an expert's images at every gate, {layer name: statistics}, from one pass through the plain base model.
 
+    The pass ends at the last gate: what comes after it says nothing more.
+
     Raises MixtureError if there are no images of some class, or labels that are none of the classes.
     """
     found: dict[str, Statistics] = {}
+    count = len(model.gates())
     for inputs, labels in batches(images, model):
         if classes == 1:
             labels = torch.zeros_like(labels)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(labels.max())}")
         features: dict[str, Tensor] = {}
-        with model.router.using(plain=True, features=features):
+        with suppress(Enough), model.router.using(plain=True, features=features, until=count):
             model.base_model(**inputs)
         for layer, values in features.items():
             new = Statistics.of(values, labels, classes)

@@ -1,6 +1,5 @@
 """The heads: one answer among all experts' classes, or one mix of heads that share a label space."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -22,7 +21,8 @@ class JointHead(nn.Module):
         log p(e, c | x) = r * log g_e + log softmax(s * (W_e h + b_e))_c + w * log (what the gates say of class c)
 
     The three numbers `router_scale` r, `expert_scale` s and `class_share` w are fitted (`ContextGatedMOE.fitting.calibrate`);
-    where the experts' weights are fixed, r and s are 1 and w is 0. weight: (sum of C_e, D) and bias (sum of C_e,) hold the
+    where the experts' weights are fixed, r and s are 1 and w is 0. All experts' heads are asked, also where an image uses the
+    adapters of a few only. weight: (sum of C_e, D) and bias (sum of C_e,) hold the
     experts' heads one after the other. columns: for each of these classes, the output that it adds to; classes declared to be
     the same share one. `base` is the head the base model had.
     """
@@ -84,9 +84,6 @@ class JointHead(nn.Module):
             return weights.clamp_min(TINY).log(), weights.new_zeros(weights.shape[0], len(self.columns))
         classes = classes.to(device)
         router = (self.router_scale * self.classes.experts(classes)).log_softmax(-1)
-        if self.router.top_k is not None and self.router.top_k < len(self.classes.sizes):
-            kept = torch.where(weights > 0, router, math.log(TINY))
-            router = router + (kept - router).detach() if self.training else kept
         return router, self.class_share * self.classes.classes(classes)
 
     def _merged(self, joint: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ContextGatedMOE import building, experts, fitting
-from ContextGatedMOE.adapters import Expert, MixtureError, check_together, read_expert
+from ContextGatedMOE.adapters import Expert, MixtureError, check_together
 from ContextGatedMOE.exporting import Exporting
 from ContextGatedMOE.forward import Forward, Prediction
 from ContextGatedMOE.gate import Gate
 from ContextGatedMOE.heads import JointHead
+from ContextGatedMOE.reading import read_expert, read_experts
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving
 from ContextGatedMOE.statistics import Statistics
@@ -96,8 +97,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
         """
-        read = [read_expert(base_model, name, adapter) for name, adapter in adapters.items()]
-        return cls(base_model, read, classes, same=same, gate_hidden=gate_hidden, top_k=top_k)
+        return cls(base_model, read_experts(base_model, adapters), classes, same=same, gate_hidden=gate_hidden, top_k=top_k)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass: arguments and result are the base model's own; labels, where it takes them, are output numbers.

@@ -16,12 +16,17 @@ from ContextGatedMOE.adapters import MixtureError
 GATE = "context_gate"  # the name of a gate as a submodule of the block before which it stands
 
 
+class Enough(Exception):
+    """Ends a pass of which no more is wanted."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a caller asks of the passes in its `with` block.
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
-    body: (E,) weights inside the units while the gates' evidence goes on to the head, or None.
+    body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. until: a pass ends, by raising
+    `Enough`, when it has recorded the features of so many gates, or None.
     record: filled with {layer name: (B, E)} unless None. features: filled with {layer name: (B, K)}, what the gates see, unless
     None. scores: filled with {layer name: (B, C)}, what the gates say of the classes, and the head's parts, unless None.
     """
@@ -29,6 +34,7 @@ class Settings:
     fixed: Tensor | None = None
     plain: bool = False
     body: Tensor | None = None
+    until: int | None = None
     record: dict[str, Tensor] | None = None
     features: dict[str, Tensor] | None = None
     scores: dict[str, Any] | None = None
@@ -191,6 +197,8 @@ class Router:
             features = gate.features(tokens, self._mask(current, unit, tokens.shape[1], masked))
             if settings.features is not None:
                 settings.features[unit.name] = features
+                if len(settings.features) == settings.until:
+                    raise Enough
             scores = gate(features)  # (B, C)
         if settings.plain:
             return None

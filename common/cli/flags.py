@@ -54,7 +54,7 @@ class RunFlags:
     # The smallest value that makes sense, by flag, for all groups below.
     lowest: ClassVar[dict[str, float]] = {
         "seed": 0, "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0,
-        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "refuse": 0,
+        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "top_k": 0, "refuse": 0,
         "seeds": 1, "checkpoint_every_steps": 0,
     }
 
@@ -109,6 +109,7 @@ class GateFlags:
 
     _argument_group_name: ClassVar[str] = "gates"
     gate_hidden: int = option(128, "units of each gate's first layer")
+    top_k: int = option(0, "experts that an image uses; 0 is all of up to 16 experts, and one where there are more")
     refuse: float = option(0.0, "answer 'none' to images less familiar than this share of the validation images")
     add_expert: list[str] = field(default_factory=list, metadata={
         "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone"})

@@ -114,11 +114,11 @@ class Contest:
         return found, start
 
     def _mixture(self, model: ContextGatedMOE) -> Gates:
-        even = torch.full((len(self.tasks),), 1 / len(self.tasks))
-        for name, top_k, settings in (("", None, {}), (", top 1", 1, {}), (", uniform body", None, {"body": even})):
+        even, own = torch.full((len(self.tasks),), 1 / len(self.tasks)), model.top_k
+        for name, top_k, settings in (("", own, {}), (", top 1", 1, {}), (", uniform body", own, {"body": even})):
             model.top_k = top_k
             self.comparison.put(f"{MIXTURE}{name}", OURS, *self._answers(model, **settings), self.gates, self.whole)
-        model.top_k = None
+        model.top_k = own
         return self._gates(model)
 
     def _read(self, model: ContextGatedMOE, **settings: Tensor) -> Read:
