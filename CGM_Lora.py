@@ -23,7 +23,8 @@ def main(config: MixtureConfig) -> None:
     with Results(config, "_".join(["CGM_Lora", *added]), "CGM_Lora") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
-        folder = results.folder / "Models" / mixture.mixture_name([*dict.fromkeys([*(data.task.key for data in tasks), *added])])
+        experts = dict.fromkeys([*(data.task.key for data in tasks), *added])
+        folder = results.folder / "Models" / mixture.mixture_name([*experts])
         if not results.finished(tasks, **mixture.starts(config, tasks)):
             model = mixture.grow(config, tasks) if added else mixture.build(config, tasks)
             fitted = mixture.fit_gates(model, config, tasks, results.checkpoint(folder.name))

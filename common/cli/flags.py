@@ -112,7 +112,8 @@ class GateFlags:
     top_k: int = option(0, "experts that an image uses; 0 is all of up to 16 experts, and one where there are more")
     refuse: float = option(0.0, "answer 'none' to images less familiar than this share of the validation images")
     add_expert: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone"})
+        "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME "
+                "alone"})
 
 
 SOURCE_HELP = ("a folder with one subfolder of images a class (these also inside train, validation and test), a .zip of it, "
@@ -244,7 +245,9 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
 
     _argument_group_name: ClassVar[str] = "comparison"
     lowest: ClassVar[dict[str, float]] = {**RunFlags.lowest, "epochs": 0}
-    epochs: int = option(0, "passes over the training images after the closed-form start, which is epoch 0; the best epoch is taken")
+    epochs: int = option(
+        0, "passes over the training images after the closed-form start, which is epoch 0; the best epoch is taken"
+    )
     learning_rate: float = option(2e-3, "peak learning rate of the gates")
     compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")

@@ -56,13 +56,15 @@ def experts_at_once(config: MixtureConfig, experts: int) -> int | None:
 
 
 def starts(config: MixtureConfig, tasks: list[TaskData]) -> dict[str, dict[str, str | None]]:
-    """Fingerprints of the models that a mixture is made from: the experts and, with --add_expert, the mixture it starts from."""
+    """Fingerprints of what a mixture is made from: the experts and, with --add_expert, the mixture it starts from."""
     adapters = {data.task.key: models.lora_folder(config, data.task) for data in tasks} | config.added_experts()
     found = {"experts": {name: models.fingerprint(adapter) for name, adapter in adapters.items()}}
     return found | ({"start": {"mixture": models.fingerprint(start_folder(config))}} if config.add_expert else {})
 
 
-def fit_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None) -> Fit:
+def fit_gates(
+    model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None
+) -> Fit:
     """Fit the gates in closed form, then train them; that start is epoch 0 of the training and may be the chosen one.
 
     With --add_expert the gates follow from the statistics that the mixture holds, and nothing is trained. The time that the
@@ -168,7 +170,7 @@ def finished_folder(config: PredictConfig) -> Path:
 
 
 def open_by_name(folder: Path, config: PredictConfig) -> ContextGatedMOE:
-    """The mixture in `folder` on --model, or on the backbone it was made on. Raises UserError if either is missing or damaged."""
+    """The mixture in `folder` on --model, or on the backbone it was made on. Raises UserError if either cannot be read."""
     try:
         name = config.model or read_config(folder)["base_model"]
         return ContextGatedMOE.from_pretrained(folder, models.load_backbone(name, ["any"], config.seed))
@@ -183,7 +185,7 @@ def start_folder(config: MixtureConfig) -> Path:
 
 
 def mixture_name(experts: list[str]) -> str:
-    """What the folder of a mixture of these experts is called: by all their names, or where these are too long, by their number."""
+    """What the folder of a mixture of these experts is called: by all their names or, if that is too long, their number."""
     name = f"{'_'.join(experts)}_cgm_lora"
     return name if len(name.encode()) <= LONGEST_FOLDER else f"{len(experts)}_tasks_cgm_lora"
 
@@ -201,7 +203,9 @@ def predict(model: ContextGatedMOE, data: ImageSet, config: MixtureConfig) -> tu
         logits.append(said.logits)
         gates.append(torch.stack(list(said.gates.values()), dim=1))  # (B, layers, E)
         familiarity.append(said.familiarity)
-    logits, gates, familiarity = (distributed.gathered(torch.cat(parts), len(data)).cpu() for parts in (logits, gates, familiarity))
+    logits, gates, familiarity = (
+        distributed.gathered(torch.cat(parts), len(data)).cpu() for parts in (logits, gates, familiarity)
+    )
     by_layer = pd.DataFrame(gates.mean(0).numpy(), columns=model.expert_names)
     by_layer.insert(0, "Layer", layers)
     by_image = dict(zip(model.expert_names, gates.mean(1).T.numpy(), strict=True))

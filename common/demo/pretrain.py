@@ -106,9 +106,13 @@ def save(model: BeitForImageClassification, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write")
-    parser.add_argument("--images", type=int, default=360_000, help="images to train on, each composed afresh; 0 writes the untrained network")
+    parser.add_argument(
+        "--images", type=int, default=360_000, help="images to train on, each composed afresh; 0 writes the untrained network"
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="peak rate of AdamW")
     parser.add_argument("--figure-classes", type=int, default=100, help="iterated function systems")

@@ -15,7 +15,21 @@ from common.cli.parser import parse
 from common.errors import UserError
 from common.files import write_csv
 from common.training.evaluate import device_of
-from tests.bench import data, growth, heads, lora, mixture, parts, preparation, processes, routing, routing_mixture, scripts
+from tests.bench import (
+    data,
+    gates,
+    growth,
+    heads,
+    lora,
+    many,
+    mixture,
+    parts,
+    preparation,
+    processes,
+    routing,
+    routing_mixture,
+    scripts,
+)
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
@@ -23,12 +37,12 @@ BENCHMARKS = {
     "mixture_training": mixture.training, "mixture_inference": mixture.inference, "heads": heads.heads,
     "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
-    "evaluation_batch": parts.evaluation_batch,
+    "evaluation_batch": parts.evaluation_batch, "gates": gates.gates, "many_experts": many.many_experts,
 }
 # Each makes a table of its own.
 WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "processes": processes.run_processes,
-         "duplicates": data.run_duplicates,
-         "stored": data.run_stored, "routing_experts": routing.experts, "routing": routing_mixture.routing}
+         "duplicates": data.run_duplicates, "stored": data.run_stored, "building": many.run_building,
+         "routing_experts": routing.experts, "routing": routing_mixture.routing}
 
 
 def machine(device: torch.device) -> str:
@@ -36,7 +50,8 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     names = [line.partition(":")[2].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    name = names[0] if names else platform.processor() or device.type
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def _read(path: str) -> str:
@@ -50,14 +65,17 @@ def parser() -> argparse.ArgumentParser:
         "python -m tests.bench", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         epilog=f"benchmarks:\n{listed}",
     )
-    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *WHOLE], help="which to run; all by default")
+    made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *WHOLE],
+                      help="which to run; all by default")
     made.add_argument("--output", type=Path, default=Path("bench_results"),
                       help="folder of tables, pictures and the routing suite's experts (default: %(default)s)")
-    made.add_argument("--root", type=Path, help="folder for the demo's images, kept for the next run (default: a temporary one)")
+    made.add_argument("--root", type=Path,
+                      help="folder for the demo's images, kept for the next run (default: a temporary one)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     made.add_argument("--seeds", type=int, nargs="+", default=[3407], help="seeds of the routing suite (default: 3407)")
     made.add_argument("--device", default="auto", help="auto takes a GPU if there is one; or cpu, cuda (default: %(default)s)")
-    made.add_argument("--cpu_time", action="store_true", help="CPU seconds of one thread, for a machine that is busy with other things")
+    made.add_argument("--cpu_time", action="store_true",
+                      help="CPU seconds of one thread, for a machine that is busy with other things")
     made.add_argument("--large", action="store_true", help="BEiT-large's size wherever it says BEiT-base's, for a GPU")
     made.add_argument("--quick", action="store_true", help="tiny models and one round, to see that everything runs")
     return made

@@ -19,7 +19,8 @@ def _both(name: str, model: nn.Module, settings: Settings, count: int = 16) -> l
 def by_experts(settings: Settings) -> Benchmark:
     """The mixture of 1, 2, 4, 8 and 16 experts of rank 16 at BEiT-base size, batch 16."""
     plain, numbers = beit(settings), (1, 2, 4, 8, 16)
-    cases = [case for number in numbers for case in _both(f"{number} expert{'s' * (number > 1)}", mixture(plain, number), settings)]
+    cases = [case for number in numbers
+             for case in _both(f"{number} expert{'s' * (number > 1)}", mixture(plain, number), settings)]
     return cases, [
         Ratio("inference: 16 experts / 1", "16 experts, inference", "1 expert, inference", "< 1.6"),
         Ratio("training step: 16 experts / 1", "16 experts, training step", "1 expert, training step"),
@@ -30,7 +31,8 @@ def by_rank(settings: Settings) -> Benchmark:
     """The mixture of 2 experts of rank 4, 16 and 64 at BEiT-base size, batch 16."""
     plain, ranks = beit(settings), (4, 16, 64)
     cases = [case for rank in ranks for case in _both(f"rank {rank}", mixture(plain, 2, rank), settings)]
-    return cases, [Ratio(f"{kind}: rank 64 / 4", f"rank 64, {kind}", f"rank 4, {kind}") for kind in ("inference", "training step")]
+    return cases, [Ratio(f"{kind}: rank 64 / 4", f"rank 64, {kind}", f"rank 4, {kind}")
+                   for kind in ("inference", "training step")]
 
 
 def by_size(settings: Settings) -> Benchmark:

@@ -28,4 +28,5 @@ def heads(settings: Settings) -> Benchmark:
         Case("through the backbone", lambda: quiet_fit(through, task.train, task.validation, config), epochs * seen, flops,
              settings.training_precision),
     ]
-    return cases, [Ratio("through the backbone / cached features", cases[1].name, cases[0].name, "" if settings.quick else ">= 6")]
+    wanted = "" if settings.quick else ">= 6"
+    return cases, [Ratio("through the backbone / cached features", cases[1].name, cases[0].name, wanted)]

@@ -59,7 +59,8 @@ def on_the_fly(settings: Settings) -> Dataset:
         pictures = [image.convert("RGB") for image in rows["image"]]
         pictures = [ImageOps.mirror(image) if random.random() < 0.5 else image for image in pictures]
         # One by one, as the example does.
-        return {"pixel_values": [processor(image, return_tensors="pt").pixel_values[0] for image in pictures], "labels": rows["label"]}
+        pixels = [processor(image, return_tensors="pt").pixel_values[0] for image in pictures]
+        return {"pixel_values": pixels, "labels": rows["label"]}
 
     return dataset.with_transform(transform)
 

@@ -28,7 +28,8 @@ def training(settings: Settings) -> Benchmark:
     plain = models.pop("base model")
     batch = images(settings, count, plain)
     flops = 2 * count * forward_flops(plain, batch[0][0])
-    cases = [Case(name, training_step(model, batch, settings, precision), count, flops, precision) for name, model in models.items()]
+    cases = [Case(name, training_step(model, batch, settings, precision), count, flops, precision)
+             for name, model in models.items()]
     return cases, [
         Ratio("mixture of 2 / one LoRA, peft", "mixture of 2", "LoRA, peft", "<= 1.1"),
         Ratio("mixture of 2 / one LoRA, ours", "mixture of 2", "LoRA, ours"),

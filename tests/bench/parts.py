@@ -9,7 +9,6 @@ from common.cli.flags import BenchmarkConfig
 from common.cli.parser import parse
 from common.data.tensors import ImageSet
 from common.training import evaluate as evaluation
-from common.training import loop as training
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_lora, training_step, twin
 
@@ -38,7 +37,8 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
         step("LoRA step, ours", ours), step("LoRA step, the fused attention everywhere", lora(sdpa)),
         step("LoRA step, peft's layers", peft_lora(base)), step("LoRA step, foreach AdamW", lora(base), foreach=True),
         step("LoRA step, position bias computed once", lora(without_bias_computation(twin(base)))),
-        step("all weights, ours", everything["ours"], 1.5), step("all weights, foreach AdamW", everything["foreach"], 1.5, foreach=True),
+        step("all weights, ours", everything["ours"], 1.5),
+        step("all weights, foreach AdamW", everything["foreach"], 1.5, foreach=True),
         step("all weights, the fused attention everywhere", everything["sdpa"], 1.5),
         Case("inference, LoRA", forward(ours, batch[0], settings, FP32), count, flops / 2, FP32),
         Case("inference, LoRA merged", forward(merged(lora(base)), batch[0], settings, FP32), count, flops / 2, FP32),

@@ -1,7 +1,7 @@
 """The routing suite: how well a mixture finds the right one of 2, 4, 8 and all experts, and how it takes images of none.
 
-Protocols: one answer among the classes of all tasks pooled, at 1 and 3 (KnOTS, Stoica et al. 2024, joint evaluation), beside the
-accuracy relative to the own expert with the task told (MASS, Crisostomi et al. 2025).
+Protocols: one answer among the classes of all tasks pooled, at 1 and 3 (KnOTS, Stoica et al. 2024, joint evaluation), beside
+the accuracy relative to the own expert with the task told (MASS, Crisostomi et al. 2025).
 """
 
 import time
@@ -65,7 +65,8 @@ def evaluated(known: list[Member], settings: Settings, seed: int, unknown: Membe
         top_1 = said(model, member.test, settings)[0].argmax(1)
         model.top_k = None
         scores.append({
-            "joint_1": np.mean(order[:, 0] == columns[labels]), "joint_3": np.mean((order[:, :3] == columns[labels][:, None]).any(1)),
+            "joint_1": np.mean(order[:, 0] == columns[labels]),
+            "joint_3": np.mean((order[:, :3] == columns[labels][:, None]).any(1)),
             "told": np.mean(logits[:, columns].argmax(1) == labels), "right_task": np.mean(owner[order[:, 0]] == member.name),
             "own": member.accuracy, "top_1": np.mean(top_1 == columns[labels]),
         })
