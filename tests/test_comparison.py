@@ -23,6 +23,7 @@ from common.comparison.answers import Mix, Space, fitted_mix
 from common.comparison.contest import EARLIER, JOINT, MERGED, Contest, Seen, mixed_test
 from common.comparison.score import MIXTURE, ORACLE, Comparison, holm, wilson
 from common.errors import UserError
+from common.training.loop import Fit
 
 pytest_plugins = ["warm_process"]
 
@@ -316,18 +317,27 @@ def test_pure_batches_hold_one_task_and_keep_the_order(bench, monkeypatch):
     assert np.allclose(mixed, pure, atol=1e-5)
 
 
-def test_the_joint_lora_has_the_total_rank_the_base_models_heads_and_the_experts_recipe(config, tasks, monkeypatch):
-    fits = []
-    monkeypatch.setattr(methods, "fit", lambda *arguments, **named: fits.append((arguments, named)))
-    model = methods.joint_lora(config, tasks, [16, 8])
-    adapter = model.peft_config["default"]
-    assert (adapter.r, adapter.lora_alpha) == (24, 48)
+def test_the_joint_lora_has_the_total_rank_the_base_models_heads_and_the_better_of_two_learning_rates(
+        config, tasks, monkeypatch):
     heads = [models.load_base(config, data).classifier for data in tasks]
-    assert_close(model.base_model.model.classifier.weight, torch.cat([head.weight for head in heads]))
-    assert_close(model.base_model.model.classifier.bias, torch.cat([head.bias for head in heads]))
-    (_, train, validation, settings, _), named = fits[0]
-    assert (len(train), len(validation)) == (48, 16) and named["objective"].first.tolist() == [0, 4]
-    assert settings.learning_rate == 2e-3 and (settings.epochs, settings.batch_size, settings.augment) == (2, 8, True)
+    for better in (0, 1):
+        fits = []
+
+        def fit(*arguments, **named):
+            fits.append((arguments, named))
+            return Fit(pd.DataFrame({"validation_loss": [2.0, 0.5 if len(fits) - 1 == better else 0.6]}), 0.0, 0)
+
+        monkeypatch.setattr(methods, "fit", fit)
+        model = methods.joint_lora(config, tasks, [16, 8])
+        assert model is fits[better][0][0]
+        adapter = model.peft_config["default"]
+        assert (adapter.r, adapter.lora_alpha) == (24, 48)
+        assert_close(model.base_model.model.classifier.weight, torch.cat([head.weight for head in heads]))
+        assert_close(model.base_model.model.classifier.bias, torch.cat([head.bias for head in heads]))
+        assert [settings.learning_rate for (_, _, _, settings, _), _ in fits] == [2e-3, 1e-3]
+        for (_, train, validation, settings, _), named in fits:
+            assert (len(train), len(validation)) == (48, 16) and named["objective"].first.tolist() == [0, 4]
+            assert (settings.epochs, settings.batch_size, settings.augment) == (2, 8, True)
 
 
 def test_a_router_finds_the_expert_by_what_is_told_apart_and_asks_it_alone():

@@ -232,7 +232,7 @@ class Contest:
         """One LoRA for all tasks, with every seed."""
         ranks = [max(own) for own in zip(*(layer.ranks for layer in self.layers), strict=True)]
         for settings in self.seeds:
-            model = methods.joint_lora(settings, self.tasks, ranks, self.results.checkpoint(f"compared_joint_{settings.seed}"))
+            model = methods.joint_lora(settings, self.tasks, ranks, self.results.checkpoint)
             trained = models.trainable_parameters(model)
             (scores,), seconds = collect(model.merge_and_unload(), self.test, self.config)
             self.comparison.put(JOINT, TOGETHER, scores, seconds, trained, self.merged)

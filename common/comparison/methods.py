@@ -3,10 +3,11 @@
 Models that end in features have no head of their own: they give what reaches the head, and every expert's head reads it.
 """
 
+import copy
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,24 +100,32 @@ def base_heads(config: MixtureConfig, tasks: list[TaskData]) -> nn.Linear:
 
 
 def joint_lora(config: MixtureConfig, tasks: list[TaskData], ranks: list[int],
-               checkpoint: Checkpoint | None = None) -> nn.Module:
+               checkpoint: Callable[[str], Checkpoint | None] = lambda name: None) -> nn.Module:
     """One LoRA of the experts' total rank for all tasks' classes, trained on all tasks together, tasks weighing alike.
 
-    It starts from the base models' heads, as the experts do, and learns by their recipe. ranks: those of the experts.
+    It starts from the base models' heads, as the experts do, and learns by their recipe. With many tasks and the rank of all
+    their experts the recipe's learning rate can be too high, so it is also trained with that rate over the number of tasks;
+    the one of lower validation loss is returned. ranks: those of the experts. checkpoint: by name, where training goes on.
     """
     folder = Path(config.root) / "Results" / "Lora_Finetune"
     recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite",
                        {"lora_rank": int, "lora_alpha": int})
     kept = {field.name: recipe[field.name] for field in dataclasses.fields(TrainingFlags) if field.name in recipe}
-    settings = dataclasses.replace(config, **kept)
-    base, rank = models.load_backbone(config.model, tasks[0].classes, config.seed), sum(ranks)
-    base.classifier = base_heads(config, tasks)
-    model = models.add_lora(base, rank, round(rank * recipe["lora_alpha"] / recipe["lora_rank"]), config.seed)
+    rank, head = sum(ranks), base_heads(config, tasks)
     first = torch.tensor([0, *(len(data.classes) for data in tasks[:-1])]).cumsum(0)
     train, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
-    fit(model, train, validation, settings, f"joint LoRA, seed {config.seed}", objective=JointObjective(first),
-        checkpoint=checkpoint)
-    return model
+    trained = []
+    for share in (1, 1 / len(tasks)):
+        settings = dataclasses.replace(config, **kept)
+        settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * share)
+        base = models.load_backbone(config.model, tasks[0].classes, config.seed)
+        base.classifier = copy.deepcopy(head)
+        model = models.add_lora(base, rank, round(rank * recipe["lora_alpha"] / recipe["lora_rank"]), config.seed)
+        name = f"joint LoRA, seed {config.seed}, learning rate {settings.learning_rate:g}"
+        fitted = fit(model, train, validation, settings, name, objective=JointObjective(first),
+                     checkpoint=checkpoint(f"compared_joint_{config.seed}_{settings.learning_rate:g}"))
+        trained.append((fitted.history["validation_loss"].min(), model))
+    return min(trained, key=lambda pair: pair[0])[1]
 
 
 class BatchAveraged(nn.Module):
