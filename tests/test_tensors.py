@@ -196,7 +196,7 @@ def test_a_file_with_another_header_or_tail_is_made_anew(copied):
     header = 8 + int.from_bytes(content[:8], "little")
     tail = len(content) - 12 * 20
     changed = [content[:place] + bytes([content[place] ^ 16]) + content[place + 1:]
-               for place in [*range(9), *range(9, header, 7), *range(tail, len(content), 11)]]
+               for place in [*range(0, 9, 4), *range(9, header, 60), *range(tail, len(content), 60)]]
     for damaged in (b"", content[:5], content[:header], content[:tail], content[:-1], content + b"\0", b"[" * len(content),
                     content[:header] + content[header + 3072:], *changed):
         path.write_bytes(damaged)
