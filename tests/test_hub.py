@@ -115,7 +115,7 @@ def test_faults_that_pass_do_no_harm(hub, from_hub, repos, warm_process, root):
     assert hashes(root / "bare") == hashes(from_hub)
 
 
-@pytest.mark.parametrize("fault", ["unknown", "gated", "server errors", "broken off", "damaged", "closed"])
+@pytest.mark.parametrize("fault", ["gated", "server errors", "broken off", "damaged", "closed"])
 def test_a_hub_that_fails_is_one_line_with_the_way_out(repos, warm_process, request, root, fault):
     """Exit status 2, one line that names --demo and --fire_source, and nothing written."""
     if fault != "closed":
@@ -229,8 +229,7 @@ def test_no_fault_but_damage_deletes_what_was_fetched(hub, fetch, warm_process, 
     before = pieces(warm_process)
     assert before
     hub.most_bytes = math.inf
-    for fault in (("TimeoutError", errno.ETIMEDOUT, "timed out"), ("OSError", errno.EMFILE, "too many open files"),
-                  ("OSError", errno.ENOSPC, "no space left"), ("RuntimeError", "the client has been closed")):
+    for fault in (("TimeoutError", errno.ETIMEDOUT, "timed out"), ("RuntimeError", "the client has been closed")):
         shutil.rmtree(warm_process.cache)
         for path, content in before.items():
             path.parent.mkdir(parents=True, exist_ok=True)
