@@ -10,20 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from mixture_models import (
-    CASES,
-    CLIP,
-    T5,
-    WAV2VEC2,
-    assert_close,
-    experts,
-    joint,
-    labelled,
-    logits,
-    recorded,
-    rows,
-    shared,
-)
+from mixture_models import CASES, CLIP, T5, WAV2VEC2, assert_close, experts, joint, labelled, logits, recorded, rows, shared
 from torch import Tensor, nn
 
 from ContextGatedMOE import ContextGatedMOE, MixtureError

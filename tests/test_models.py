@@ -53,7 +53,6 @@ save_file({key: value.contiguous() for key, value in model.state_dict().items()}
 
 
 def published_name(key):
-    """What a weight is called in a published file."""
     for pattern, replacement in PUBLISHED_NAMES:
         key = re.sub(pattern, replacement, key)
     return key
@@ -77,7 +76,6 @@ def original():
 
 @pytest.fixture
 def published(tmp_path, original):
-    """A folder like a published BEiT."""
     folder = tmp_path / "published"
     save_tiny_backbone(folder, seed=0)  # for the image processor
     original.config.save_pretrained(folder)
@@ -86,12 +84,10 @@ def published(tmp_path, original):
 
 
 def backbone_of(state):
-    """The weights without the head."""
     return {key: value for key, value in state.items() if key not in HEAD}
 
 
 def assert_same(ours, theirs):
-    """Both hold the same weights, bit for bit."""
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

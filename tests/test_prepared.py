@@ -32,26 +32,22 @@ pytest_plugins = ["warm_process"]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Class folders whose path has spaces and other alphabets."""
     folder = tmp_path_factory.mktemp("Luftbilder – 火災") / "große Übersicht"
     return write_folders(folder, ["sehr hoch", "mäßig", "低い", "keins"])
 
 
 def flags(root, images, *more):
-    """The command line that prepares both tasks from the same folder."""
     sources = ["--fire_source", str(images), "--game_source", str(images)]
     return ["--root", str(root), *sources, "--images_per_class", "10", *more]
 
 
 def prepared(root, images, *more):
-    """Prepare both tasks in this process; return the root folder."""
     Data_Preparation.main(parse(PreparationConfig, flags(root, images, *more)))
     return root
 
 
 @pytest.fixture(scope="module")
 def whole(images, tmp_path_factory):
-    """What an undisturbed run leaves."""
     return prepared(tmp_path_factory.mktemp("whole") / "root", images)
 
 
@@ -91,7 +87,6 @@ def test_nothing_depends_on_where_and_how_the_script_runs(images, whole, tmp_pat
 
 
 def damage(content, data):
-    """Cut a file off somewhere, or change some bits of one byte."""
     place = data.draw(st.integers(0, len(content) - 1))
     flipped = data.draw(st.integers(0, 255))
     return content[:place] + bytes([content[place] ^ flipped]) + content[place + 1:] if flipped else content[:place]
@@ -107,7 +102,6 @@ def loaded(whole, backbone, tmp_path_factory):
 
 
 def same(one, other):
-    """Whether two tasks' classes and images are equal to the last bit."""
     facts = [(data.classes, data.fingerprint) for data in (one, other)]
     tensors = [[tensor for part in (data.train, data.validation, data.test) for tensor in (part.inputs[:], part.labels)]
                for data in (one, other)]
@@ -157,7 +151,6 @@ def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp
 
 
 def chosen(labels, blocks, count, seed=0):
-    """Which rows are taken of labels that come in these blocks."""
     source = Source(list("abcd"), np.array(labels), iter, np.full(len(labels), NO_SPLIT), np.array(blocks))
     config = parse(PreparationConfig, ["--seed", str(seed), "--images_per_class", str(count)])
     classes, rows, found = choose(source, FIRE, config)
@@ -173,16 +166,11 @@ def test_rows_are_taken_from_few_blocks():
         assert len(set(blocks[chosen(labels, blocks, 100, seed)])) == 4
         mixed = np.random.default_rng(seed).permutation(labels)
         assert len(set(blocks[chosen(mixed, blocks, 100, seed)])) <= 6
-
-
-def test_every_row_of_one_block_has_its_chance():
-    """And one without a label has none."""
-    labels = [*np.repeat(range(4), 20), *[NO_LABEL] * 20]
+    labels = [*np.repeat(range(4), 20), *[NO_LABEL] * 20]  # every row of one block has its chance, but one without a label
     assert {row for seed in range(60) for row in chosen(labels, [0] * 100, 5, seed)} == set(range(80))
 
 
 def test_images_are_read_only_as_fast_as_they_are_used():
-    """In their order, however long each takes, and few ahead."""
     taken = []
 
     def items():
