@@ -1,51 +1,28 @@
-"""Tests of Data_Preparation.py: what is chosen, what a second run does, what a refusal leaves, and the demo."""
+"""Tests of Data_Preparation.py: what is chosen, what a second run does, and what a refusal leaves."""
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from hub import FIRE_CLASSES, image_dataset, png
-from image_sources import (
-    PER_CLASS,
-    PROJECT,
-    SCRIPT,
-    all_identities,
-    left_in,
-    one_parquet,
-    opened,
-    prepared,
-    write_folders,
-    write_parquet,
-)
+from image_sources import PER_CLASS, all_identities, left_in, one_parquet, opened, prepared, write_folders, write_parquet
 from pipeline import hashes
 
-from common.data.generated import generator
 from common.errors import UserError
-from common.tasks import DOCUMENTED, TASKS_FILE
-
-pytest_plugins = ["warm_process"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with one subfolder of images a class."""
     return write_folders(tmp_path_factory.mktemp("images") / "FireRisk")
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Where data are prepared; it is not there yet."""
     return tmp_path / "root"
 
 
-# ---- what is chosen ----
-
-
 def test_classes_are_taken_in_the_given_order(images, root):
-    """--fire_classes is the label order; all takes every class."""
     wanted = ["water", "low", "very_high"]
     assert prepared(root, images, "--fire_classes", *wanted)["classes"] == wanted
     assert opened(root)["test"].features["label"].names == wanted
@@ -54,7 +31,6 @@ def test_classes_are_taken_in_the_given_order(images, root):
 
 
 def test_classes_and_numbers_that_cannot_be_had_are_refused(images, root):
-    """By name."""
     for flags, message in ((["--fire_classes", "low", "lava"], "no class 'lava'; there are high, low, moderate"),
                            (["--fire_classes", "low", "low"], "needs two or more different classes"),
                            (["--images_per_class", "13"], "class 'high' of fire risk has 12 images, fewer than 13")):
@@ -80,9 +56,6 @@ def test_the_seed_decides_and_prepared_data_need_no_source(tmp_path):
     assert prepared(tmp_path / "7", source, "--seed", "7") == manifest
 
 
-# ---- damaged images ----
-
-
 def test_damaged_images_can_be_left_out(tmp_path, root):
     """With --skip_damaged the others are taken, and how many were left out is kept; a class may get too few."""
     source = write_folders(tmp_path / "source")
@@ -96,9 +69,6 @@ def test_damaged_images_can_be_left_out(tmp_path, root):
     with pytest.raises(UserError, match="class 'low' has only [0-5] images that are not damaged"):
         prepared(tmp_path / "other", source, "--skip_damaged", count="all")
     assert left_in(tmp_path / "other") == []
-
-
-# ---- again ----
 
 
 def test_other_settings_are_refused_by_name(images, root, tmp_path):
@@ -132,21 +102,3 @@ def test_overwrite_makes_it_anew(tmp_path, root):
     assert len(all_identities(root)) == 24
     assert sorted(path.name for path in root.iterdir()) == ["fire_dataset"]
     assert not (root / "fire_dataset" / "mine.txt").exists()
-
-
-# ---- the demo ----
-
-
-def test_the_demo_runs_by_itself(tmp_path, images):
-    """From another folder, without a network: five images a class of both tasks, in demo/; a local source is taken too."""
-    command = [sys.executable, str(PROJECT / SCRIPT), "--demo", "--images_per_class", "5"]
-    nowhere_to_go = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run(command, cwd=tmp_path, env=nowhere_to_go, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    for task in DOCUMENTED:
-        data = opened(tmp_path / "demo", task.key)
-        assert data["train"].features["label"].names == list(generator(task).CLASS_NAMES)
-        assert {name: len(split) for name, split in data.items()} == {"train": 12, "validation": 4, "test": 4}
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["fire_dataset", "game_dataset", TASKS_FILE]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
-    assert prepared(tmp_path / "local", images, "--demo")["source"] == str(images)

@@ -96,17 +96,6 @@ def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_
     assert differences(place, by_two, "Finetune") == []
 
 
-def test_what_two_processes_have_begun_one_can_end(warm_process, by_one, tmp_path):
-    place = by_one.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
-    flags = place.flags("Lora_Finetune", *PRECISE, *FLAGS["Lora_Finetune"])
-    warm_process.run("Lora_Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 4), processes=2)
-    ended = warm_process.run("Lora_Finetune.py", *flags)
-    assert ended.status == 0 and "going on: LoRA fire, epoch 2/2, step 1/2" in ended.output
-    for title in TITLES:
-        one, two = (run.predictions("Lora_Finetune", title).filter(like="Probability") for run in (by_one, place))
-        assert np.allclose(one, two, atol=1e-5)
-
-
 def test_what_is_wrong_is_said_once(warm_process, mutable):
     for script, flags, words in [
         ("Finetune", ["--learning_rate", "-1"], "--learning_rate"),  # before they have met
@@ -142,9 +131,6 @@ def test_a_finished_run_is_finished_for_all(warm_process, by_two):
     done = warm_process.run("Finetune.py", *by_two.flags("Finetune", *PRECISE, *FLAGS["Finetune"]), processes=2)
     assert done.status == 0 and done.output.count("Finetune is finished already") == 1
     assert hashes(by_two.root) == before
-
-
-# ---- sharing out ----
 
 
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch):

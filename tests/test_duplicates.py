@@ -20,7 +20,7 @@ from common.data.duplicates import NEAR_BITS, NEAR_COLOUR, groups, have_near
 from common.data.images import BITS_BYTES, HASH_BYTES, perceptual_hash
 from common.data.prepare import prepare
 from common.data.sources import SPLITS
-from common.data.splits import grouped_split, random_split
+from common.data.splits import grouped_split
 from common.errors import UserError
 from common.tasks import DOCUMENTED
 
@@ -36,14 +36,12 @@ def scene(seed, size=(96, 64)):
 
 
 def jpeg(image):
-    """Saved as a photo."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=50)
     return PILImage.open(buffer).convert("RGB")
 
 
 def grainy(image):
-    """Noise upon it."""
     noise = np.random.default_rng(0).normal(0, 4, (image.height, image.width, 3))
     return PILImage.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
@@ -54,7 +52,6 @@ def shifted(image):
 
 
 def brighter(image):
-    """A little more light."""
     return ImageEnhance.Brightness(image).enhance(1.1)
 
 
@@ -63,12 +60,10 @@ CHANGES = [jpeg, shifted, brighter, grainy, lambda image: image.resize((image.wi
 
 
 def hashes_of(images):
-    """(N, HASH_BYTES)."""
     return np.stack([perceptual_hash(image) for image in images])
 
 
 def near(one, other):
-    """Whether two hashes are near, by the definition."""
     turned = one.copy()
     turned[BITS_BYTES // 2 : BITS_BYTES] ^= 255
     bits = min(np.unpackbits(bits[:BITS_BYTES] ^ other[:BITS_BYTES]).sum() for bits in (one, turned))
@@ -83,9 +78,6 @@ def close_hashes(count, seed):
     bits = kinds ^ np.packbits(rng.random((count, 8 * BITS_BYTES)) < 0.12, axis=1)  # two of one kind differ in about 54 bits
     bits[rng.random(count) < 0.5, BITS_BYTES // 2 :] ^= 255
     return np.concatenate([bits, rng.integers(100, 150, (count, HASH_BYTES - BITS_BYTES), dtype=np.uint8)], axis=1)
-
-
-# ---- what is a near-duplicate ----
 
 
 def test_a_picture_changed_a_little_is_a_near_duplicate_of_itself_and_of_no_other():
@@ -118,9 +110,6 @@ def test_groups_and_neighbours_are_those_of_the_definition(monkeypatch):
         assert np.array_equal(have_near(hashes[:20], hashes[20:]), pairs[:20, 20:].any(axis=1))
 
 
-# ---- splits ----
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_grouped_splits_keep_groups_together(data):
@@ -138,19 +127,6 @@ def test_grouped_splits_keep_groups_together(data):
     again, other = (grouped_split(labels, numbers, seed, list("abcd")) for seed in (3, 4))
     assert all(np.array_equal(splits[name], again[name]) for name in SPLITS)
     assert any(not np.array_equal(splits[name], other[name]) for name in SPLITS)
-
-
-def test_images_without_near_duplicates_are_cut_as_exactly_as_at_random():
-    """And a group that is half of its class goes to train, where there is room."""
-    labels = np.repeat([0, 1], [100, 55])
-    for splits in (random_split(labels, 1), grouped_split(labels, np.arange(155), 1, ["a", "b"])):
-        assert [np.bincount(labels[rows]).tolist() for rows in splits.values()] == [[60, 33], [20, 11], [20, 11]]
-    numbers = np.where(np.arange(155) < 50, 0, np.arange(155))
-    splits = grouped_split(labels, np.unique(numbers, return_inverse=True)[1], 1, ["a", "b"])
-    assert (numbers[splits["train"]] == 0).sum() == 50 and (labels[splits["train"]] == 0).sum() == 60
-
-
-# ---- preparation ----
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """Tests of images of every kind that Pillow opens: upright RGB of their colour, as they are where they are that already."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from PIL import Image as PILImage
 
 @pytest.fixture
 def root(tmp_path):
-    """Where data are prepared; it is not there yet."""
     return tmp_path / "root"
 
 
@@ -26,7 +23,6 @@ def encoded(mode, pixel, file_format, **save):
 
 
 def saved(image, file_format, **save):
-    """An image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **save)
     return buffer.getvalue()
@@ -85,19 +81,6 @@ def test_grey_of_more_than_8_bits_has_one_range_in_the_whole_set(tmp_path, capsy
         assert (shown.min(), shown.max(), len(np.unique(shown))) == (0, 255, 256), told
         assert (np.asarray(images["half"]) == shown[32, 0]).all() and shown[32, 0] in (127, 128), told
         assert f"grey levels {told} of 10 images became 0 to 255" in capsys.readouterr().out
-
-
-def test_levels_that_pillow_drops_are_told(tmp_path, root, capsys):
-    """16 bits a channel: Pillow keeps the upper 8, of which 12-bit data have only four."""
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    rows = b"".join(b"\0" + struct.pack(">HHH", 4095, 0, 0) * 8 for _ in range(8))
-    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
-    deep = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    decoded(root, tmp_path / "source", {"deep": deep})
-    assert "5 images have 16 bits a channel, of which the upper 8 are kept; in these, the brightest level is 15 of 255" \
-        in capsys.readouterr().out
 
 
 def test_a_turned_photo_is_put_upright_and_rgb_files_are_kept_byte_for_byte(tmp_path, root):

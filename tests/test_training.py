@@ -14,17 +14,14 @@ from trainings import CLASSES, WIDTH, examples, head, pictures, settings, traine
 
 from common.errors import UserError
 from common.training import evaluate as evaluation
-from common.training.evaluate import evaluate, features
+from common.training.evaluate import evaluate
 from common.training.loop import fit
-from common.training.objective import JointObjective, Objective
+from common.training.objective import JointObjective
 from common.training.schedule import parameter_groups, warmup_cosine
 
 WEIGHT_LEVELS = {  # of a BEiT with two blocks: how many times the decay applies
     "classifier": 0, "beit.pooler": 0, "beit.layers.1": 1, "beit.layers.0": 2, "beit.embeddings": 3,
 }
-
-
-# ---- fit ----
 
 
 def test_the_weights_kept_are_those_of_the_lowest_validation_loss():
@@ -46,43 +43,6 @@ def test_accumulated_batches_equal_one_large_batch():
         small, small_history = trained(settings(batch_size=4, accumulation_steps=2), train)
         assert torch.allclose(large, small, atol=1e-5)
         assert np.allclose(large_history, small_history, atol=1e-5)
-
-
-def test_a_step_has_the_gradient_of_the_mean_over_its_images():
-    """Also where fewer images are left than a step could hold."""
-    for count in (8, 5, 1):
-        model, train, gradients = head(), examples(count), []
-        F.cross_entropy(model(train.inputs), train.labels).backward()
-        expected, model.weight.grad, model.bias.grad = model.weight.grad, None, None
-        model.weight.register_hook(gradients.append)
-        fit(model, train, examples(16), settings(epochs=1, batch_size=4, accumulation_steps=2), "test")
-        assert torch.allclose(sum(gradients), expected, atol=1e-6)
-
-
-class Halved(Objective):
-    """Half the cross-entropy; images count 1, 2, 3 in turn; the first class is always right."""
-
-    def weights(self, data):
-        return 1 + torch.arange(len(data)) % 3.0
-
-    def losses(self, logits, labels):
-        return super().losses(logits, labels) / 2
-
-    def correct(self, scores, labels):
-        return scores.argmax(1) == 0
-
-
-def test_training_and_validation_are_scored_by_the_objective():
-    """Without learning, both are weighted means over their images."""
-    train, validation, objective = examples(21), examples(16, seed=1), Halved()
-    row = trained(settings(learning_rate=0, epochs=1), train, validation, objective=objective)[1].iloc[0]
-    for part, data in (("training", train), ("validation", validation)):
-        with torch.no_grad():
-            logits, weights = head()(data.inputs), objective.weights(data)
-        losses = F.cross_entropy(logits, data.labels, reduction="none") / 2
-        assert row[f"{part}_loss"] == pytest.approx(((losses * weights).sum() / weights.sum()).item(), abs=1e-6)
-        right = (logits.argmax(1) == 0) * weights
-        assert row[f"{part}_accuracy"] == pytest.approx((right.sum() / weights.sum()).item(), abs=1e-6)
 
 
 def test_tasks_weigh_alike_however_many_images_they_have():
@@ -144,21 +104,6 @@ def test_a_loss_that_is_not_finite_stops():
             trained(settings(), **{part: broken})
 
 
-def test_a_head_on_cached_features_learns_as_through_the_frozen_backbone():
-    """Training a base model's head never needs the backbone again."""
-    config, train, validation = settings(epochs=2, learning_rate=0.01), pictures(12), pictures(6, seed=1)
-    through, cached = tiny_beit(0, num_labels=CLASSES), tiny_beit(0, num_labels=CLASSES)
-    through.beit.requires_grad_(False)
-    untrained = weights(cached.classifier)
-    fit(through, train, validation, config, "through")
-    fit(cached.classifier, features(cached, train, config), features(cached, validation, config), config, "cached")
-    assert torch.allclose(weights(through.classifier), weights(cached.classifier), atol=1e-4)
-    assert not torch.allclose(weights(cached.classifier), untrained, atol=1e-4)
-
-
-# ---- evaluate ----
-
-
 def test_evaluation_gives_the_softmax_in_order_and_the_mean_loss_whatever_the_size_of_its_batches(monkeypatch):
     model, data = head(), examples(21)
     with torch.no_grad():
@@ -181,9 +126,6 @@ def test_evaluation_is_in_fp32_even_where_training_is_in_bf16():
     model, data = head(), examples(21)
     exact, mixed = (evaluate(model, data, settings(precision=precision))[0] for precision in ("fp32", "bf16"))
     assert np.array_equal(exact, mixed)
-
-
-# ---- rates ----
 
 
 def test_the_rate_rises_to_its_peak_and_falls_towards_zero():
