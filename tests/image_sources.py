@@ -59,9 +59,6 @@ def left_in(folder):
     return list(folder.rglob("*"))
 
 
-# ---- the same images in every layout ----
-
-
 def write_folders(folder, classes=FIRE_CLASSES, per_class=PER_CLASS):
     """A subfolder of PNG files a class, so many in each or as many as a list says; return the folder."""
     counts = [per_class] * len(classes) if isinstance(per_class, int) else per_class

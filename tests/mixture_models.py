@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from ContextGatedMOE import ContextGatedMOE, Expert
 
-VISION = dict(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8, num_labels=3
-)
-TEXT = dict(
-    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32
-)
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+VISION = dict(SMALL, image_size=16, patch_size=8, num_labels=3)
+TEXT = dict(SMALL, vocab_size=40, max_position_embeddings=32)
 
 
 class Plain(nn.Module):
@@ -56,7 +53,6 @@ class Case:
         return model
 
     def batch(self, size: int, seed: int = 0) -> dict[str, Tensor]:
-        """Random inputs as keyword arguments."""
         torch.manual_seed(100 + seed)
         return self.inputs(size)
 
@@ -71,12 +67,10 @@ def _texts(size: int) -> dict[str, Tensor]:
 
 
 def beit(**options: object) -> nn.Module:
-    """A BEiT with some options of its configuration."""
     return transformers.BeitForImageClassification(transformers.BeitConfig(**{**VISION, "drop_path_rate": 0.0, **options}))
 
 
 def llama(**options: object) -> nn.Module:
-    """A Llama with some options of its configuration."""
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, **options}))
 
 
@@ -103,10 +97,9 @@ def _translations(size: int) -> dict[str, Tensor]:
 
 def _wav2vec2() -> nn.Module:
     return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), conv_stride=(4, 4),
-        conv_kernel=(8, 4), num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_labels=3,
-        classifier_proj_size=8, hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0,
-        final_dropout=0.0))
+        **SMALL, num_labels=3, conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, classifier_proj_size=8, hidden_dropout=0.0,
+        attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, final_dropout=0.0))
 
 
 def _clip() -> nn.Module:
@@ -188,7 +181,6 @@ CLASSES = {"a": ["x", "y"], "b": ["x", "z", "u", "v", "w"], "c": ["only"]}
 
 
 def images(case: Case, classes: Mapping[str, Sequence[str]] = CLASSES) -> dict[str, list]:
-    """Batches of every expert's images."""
     return {name: labelled(case, number, len(own)) for number, (name, own) in enumerate(classes.items())}
 
 
@@ -235,26 +227,22 @@ def mixture(case: Case, adapters: dict[str, Path], gates: int = 0, **options: ob
 
 
 def recorded(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The experts' weights in one pass, by layer."""
     with model.record_gates() as gates:
         logits(model, inputs)
     return gates
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's logits, without gradients."""
     with torch.no_grad():
         output = model(**inputs)
     return output if isinstance(output, Tensor) else output.logits
 
 
 def peft_logits(case: Case, adapter: Path, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of peft's own model: the reference for one expert."""
     return logits(PeftModel.from_pretrained(case.build(), adapter).eval(), inputs)
 
 
 def rows(inputs: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
-    """The chosen images (or texts) of a batch."""
     return {name: tensor[index] for name, tensor in inputs.items()}
 
 
@@ -268,14 +256,12 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two state dicts have the same names and bits."""
     assert list(actual) == list(expected)
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
-    """The model is as `snapshot` saw it."""
     after = snapshot(model)
     assert [entry[:2] for entry in after["modules"]] == [entry[:2] for entry in before["modules"]]
     assert after["modules"] == before["modules"]

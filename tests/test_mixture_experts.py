@@ -43,9 +43,6 @@ def all_adapters(tmp_path_factory) -> dict[Case, dict[str, Path]]:
     return {case: save_experts(case, tmp_path_factory.mktemp(name)) for name, case in CASES.items()}
 
 
-# --- Exactly peft -----------------------------------------------------------------------------------------------------
-
-
 def test_a_one_hot_gate_and_a_single_expert_are_that_peft_model(all_adapters):
     for case, adapters in all_adapters.items():
         model, inputs = mixture(case, adapters), case.batch(3)
@@ -129,9 +126,6 @@ def test_an_image_s_top_experts_alone_are_computed():
             del layer._skips
             layer.lora_B.data[:, layer.owner == idle] = float("nan")
             assert_close(logits(model, inputs), output)
-
-
-# --- Adding and removing ----------------------------------------------------------------------------------------------
 
 
 def test_adding_and_removing_equals_building_with_those_experts_in_any_order():
@@ -237,9 +231,6 @@ def test_unloading_gives_the_base_back():
     for module in base.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
         assert "ContextGatedMOE" not in str(type(vars(module).get("_gradient_checkpointing_func")))
-
-
-# --- Merging and exporting --------------------------------------------------------------------------------------------
 
 
 def test_a_fixed_mix_merged_or_as_one_adapter_is_that_mix(all_adapters, tmp_path):

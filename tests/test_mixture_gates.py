@@ -30,9 +30,6 @@ from ContextGatedMOE.statistics import Statistics, symmetric
 BEIT, BERT, LLAMA, PLAIN = CASES["beit"], CASES["bert"], CASES["llama"], CASES["plain"]
 
 
-# --- Weights ----------------------------------------------------------------------------------------------------------
-
-
 def test_recorded_gates_are_one_row_an_image_that_sums_to_one():
     for case in (*CASES.values(), WAV2VEC2):
         model = shared(case)
@@ -77,9 +74,6 @@ def test_the_largest_weights_are_kept_and_the_gradient_is_that_of_all():
     inputs = BEIT.batch(2)
     assert torch.equal(logits(joint(BEIT, top_k=5), inputs), logits(joint(BEIT), inputs))
     assert all(((weights > 0).sum(1) == 1).all() for weights in recorded(joint(BEIT, top_k=1), inputs).values())
-
-
-# --- Statistics -------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_add_up():
@@ -194,9 +188,6 @@ def test_validation_images_choose_the_numbers():
         shared(BERT).fit_gates({name: [BERT.batch(4)] for name in "abc"}, {"a": [BERT.batch(4)]})
     with pytest.raises(MixtureError, match="no images of expert 'b'"):
         joint(BEIT).fit_gates({"a": own["a"]})
-
-
-# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def test_training_moves_the_gates_alone_lowers_the_joint_loss_and_keeps_the_best():

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub import serve
+from hub import commit, folder_repo, serve
 from mixture_models import (
     CASES,
     CLASSES,
@@ -218,9 +218,6 @@ def test_damaged_files_are_refused(saved, tmp_path):
             assert assert_refused_or_intact(model, folder), (key, value)
 
 
-# --- The Hub ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with serve({}) as server:
@@ -231,7 +228,15 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
-def test_a_mixture_goes_to_the_hub_and_comes_back(hub, tmp_path):
+def test_a_mixture_goes_to_the_hub_and_comes_back(hub, tmp_path, monkeypatch):
+    def upload_folder(api, repo_id, folder_path, **options):
+        if repo_id in hub.repos:
+            hub.earlier[repo_id, commit(hub.repos[repo_id])] = hub.repos[repo_id]
+        hub.repos[repo_id] = folder_repo(Path(folder_path))
+        return f"https://hub/{repo_id}/commit/{commit(hub.repos[repo_id])}"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **options: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     first, second = joint(BEIT, fit=True), joint(BEIT)
     figures = {"accuracy on 800 test images": 0.95, "top | 1": "x"}
     address = first.push_to_hub("someone/mixture", figures=figures, made="Trained on a rainy day.", token="secret")
@@ -260,9 +265,6 @@ def test_a_mixture_goes_to_the_hub_and_comes_back(hub, tmp_path):
     ):
         assert text in card
     assert "Figures" not in second.model_card() and "have not been fitted" in second.model_card()
-
-
-# --- The package ------------------------------------------------------------------------------------------------------
 
 
 def test_the_package_is_installed_whole_and_the_example_of_its_readme_runs(tmp_path, monkeypatch, capsys):

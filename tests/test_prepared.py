@@ -51,9 +51,6 @@ def whole(images, tmp_path_factory):
     return prepared(tmp_path_factory.mktemp("whole") / "root", images)
 
 
-# ---- killed, and run again ----
-
-
 @pytest.mark.parametrize("function, call", [
     ("common.data.images.perceptual_hash", 60),  # in the second task
     ("os.replace", 2),  # the old folder out of the way
@@ -69,9 +66,6 @@ def test_a_killed_run_leaves_nothing_that_the_next_does_not_mend(warm_process, i
     assert hashes(root) == hashes(whole)
 
 
-# ---- the same wherever it runs ----
-
-
 def test_nothing_depends_on_where_and_how_the_script_runs(images, whole, tmp_path):
     """Another working folder, locale and hash seed, relative paths with spaces and other alphabets: the same files."""
     (tmp_path / "Größe & 大").symlink_to(images.parent)
@@ -81,9 +75,6 @@ def test_nothing_depends_on_where_and_how_the_script_runs(images, whole, tmp_pat
                           capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "") and "mäßig" in done.stdout
     assert hashes(tmp_path / "mein Ordner") == hashes(whole)
-
-
-# ---- damaged afterwards ----
 
 
 def damage(content, data):
@@ -145,9 +136,6 @@ def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp
     rebuilt = cache.read_bytes()
     cache.unlink()
     assert same(load_task(FIRE, config, processor), first) and cache.read_bytes() == rebuilt != strange
-
-
-# ---- choosing and reading ----
 
 
 def chosen(labels, blocks, count, seed=0):

@@ -44,9 +44,6 @@ def root(tmp_path):
     return tmp_path / "root"
 
 
-# ---- layouts ----
-
-
 def test_every_layout_gives_the_same_data(tmp_path):
     """Folders, zips, tables: the same images with the same labels in the same rows, each of the class its label names."""
     plain = prepared(tmp_path / "plain", write_folders(tmp_path / "images"))
@@ -125,8 +122,6 @@ def test_names_in_zips_as_people_have_them(tmp_path):
         assert (source.classes, len(source.labels)) == (["hoch", "mäßig"], 2 * PER_CLASS), path.name
     assert next(source.read([0])).read_bytes() == png(0, 1)  # the later one of two counts, as when it is unpacked
 
-
-# ---- a source's own split ----
 
 SPLIT_COUNTS = {"train": [6, 8], "val": [2, 1], "test": [3, 4]}
 

@@ -78,9 +78,6 @@ def everything(data):
     return [tensor for name in SPLITS for tensor in (getattr(data, name).inputs[:], getattr(data, name).labels)]
 
 
-# ---- one definition of what a model sees ----
-
-
 def test_a_model_sees_what_its_processor_gives(root):
     """For every image of every split; as uint8 wherever that is enough."""
     images = load_from_disk(str(root / "fire_dataset"))
@@ -105,9 +102,6 @@ def test_a_processor_that_makes_no_pictures_of_one_size_is_refused(root):
         with pytest.raises(UserError, match=f"image processor of --model .*{reason}.*choose") as error:
             load(root, kind, settings)
         assert "\n" not in str(error.value) and set((root / "fire_dataset").iterdir()) == before
-
-
-# ---- images on disk ----
 
 
 def test_images_on_disk_are_indexed_as_a_tensor(root):
