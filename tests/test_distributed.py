@@ -18,7 +18,6 @@ PRECISE = ["--precision", "fp32"]
 TITLES = ["Fire_Risk", "Game"]
 # Flags of each script. Batches of 7 images in training and of 3 in evaluation: neither these nor the steps come out even.
 FLAGS = {
-    "Generate_Base_Model": ["--batch_size", "7", "--accumulation_steps", "2"],
     "Finetune": ["--batch_size", "7", "--gradient_checkpointing"],
     "Lora_Finetune": ["--batch_size", "23", "--largest_batch", "--checkpoint_every_steps", "1"],  # a step of 1 image remains
     # By small steps: where a gradient is hardly more than rounding, Adam makes a whole one, in another direction.
@@ -40,8 +39,8 @@ def by_two(tmp_path_factory, workspace, warm_process):
 
 
 def run_scripts(root, workspace, warm_process, number):
-    """The scripts that compute, by so many processes."""
-    place = workspace.copy(root, "fire_dataset", "game_dataset", "tasks.json")
+    """The scripts that train, by so many processes."""
+    place = workspace.copy(root, "fire_dataset", "game_dataset", "tasks.json", "Results/Base_Models")
     for script, flags in FLAGS.items():
         done = warm_process.run(f"{script}.py", *place.flags(script, *PRECISE, *flags), processes=number, constants=UNEVEN)
         assert (done.status, done.errors) == (0, "")

@@ -208,16 +208,16 @@ def test_an_interrupted_fetch_goes_on(hub, fetch, fire_risk, warm_process, tmp_p
 
 
 def test_no_fault_but_damage_deletes_what_was_fetched(hub, fetch, warm_process, tmp_path):
-    """A time-out, a full disk, too many open files, a closed client: the cache is as it was, and is gone on from."""
+    """A time-out, a full disk: the cache is as it was, and is gone on from."""
     hub.most_bytes = 300_000
     assert fetch(tmp_path / "root").status == 2
     before = pieces(warm_process)
     assert before
     hub.most_bytes = math.inf
-    for fault in (("TimeoutError", errno.ETIMEDOUT, "timed out"), ("RuntimeError", "the client has been closed")):
-        outcome = fetch(tmp_path / "root", kill_at=("huggingface_hub.HfFileSystem.open", 3, *fault))
-        assert outcome.status == 2 and "goes on from here" in outcome.errors, outcome.errors
-        assert before.items() <= pieces(warm_process).items(), fault
+    slow = ("huggingface_hub.HfFileSystem.open", 3, "TimeoutError", errno.ETIMEDOUT, "timed out")
+    outcome = fetch(tmp_path / "root", kill_at=slow)
+    assert outcome.status == 2 and "goes on from here" in outcome.errors, outcome.errors
+    assert before.items() <= pieces(warm_process).items()
     shutil.rmtree(warm_process.cache)
     outcome = fetch(tmp_path / "root", kill_at=("os.replace", 50, "OSError", errno.ENOSPC, "no space left"))
     assert outcome.status == 2 and "no space left" in outcome.errors and "HF_HOME" in outcome.errors
