@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,8 +21,6 @@ from common import models
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
 from common.data.reading import AHEAD, in_order
-from common.data.sources import NO_LABEL, NO_SPLIT, Source
-from common.data.splits import choose
 from common.data.tensors import load_task
 from common.errors import UserError
 
@@ -136,26 +133,6 @@ def test_resized_images_of_other_data_are_not_used(loaded, images, backbone, tmp
     rebuilt = cache.read_bytes()
     cache.unlink()
     assert same(load_task(FIRE, config, processor), first) and cache.read_bytes() == rebuilt != strange
-
-
-def chosen(labels, blocks, count, seed=0):
-    source = Source(list("abcd"), np.array(labels), iter, np.full(len(labels), NO_SPLIT), np.array(blocks))
-    config = parse(PreparationConfig, ["--seed", str(seed), "--images_per_class", str(count)])
-    classes, rows, found = choose(source, FIRE, config)
-    assert classes == list("abcd") and np.array_equal(found, source.labels[rows]) and len(set(rows)) == len(rows)
-    assert np.bincount(found).tolist() == [count] * 4
-    return rows
-
-
-def test_rows_are_taken_from_few_blocks():
-    """As many as it takes: of sorted labels one a class, of mixed labels the same for all classes."""
-    labels, blocks = np.repeat(range(4), 1000), np.repeat(range(40), 100)
-    for seed in range(5):
-        assert len(set(blocks[chosen(labels, blocks, 100, seed)])) == 4
-        mixed = np.random.default_rng(seed).permutation(labels)
-        assert len(set(blocks[chosen(mixed, blocks, 100, seed)])) <= 6
-    labels = [*np.repeat(range(4), 20), *[NO_LABEL] * 20]  # every row of one block has its chance, but one without a label
-    assert {row for seed in range(60) for row in chosen(labels, [0] * 100, 5, seed)} == set(range(80))
 
 
 def test_images_are_read_only_as_fast_as_they_are_used():
