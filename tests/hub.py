@@ -1,6 +1,5 @@
-"""A small Hugging Face Hub on this machine: serves repositories from memory, takes uploads, counts, fails when told to."""
+"""A small Hugging Face Hub on this machine: serves repositories from memory, counts, fails when told to."""
 
-import base64
 import hashlib
 import io
 import json
@@ -73,7 +72,6 @@ def dataset_repo(classes: list[str], counts: int | list[int], shards: int, rows_
 
 
 def folder_repo(folder: Path) -> Files:
-    """The files of a folder, such as a saved model."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -102,7 +100,6 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def parquet_bytes(self) -> int:
-        """How many bytes of Parquet files have been sent."""
         return sum(size for path, size in self.served.items() if path.endswith(".parquet"))
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -123,7 +120,7 @@ def serve(repos: dict[str, Files], port: int = 0) -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """The part of the Hub's HTTP interface that `datasets`, `HfFileSystem`, `from_pretrained` and `upload_folder` use."""
+    """The part of the Hub's HTTP interface that `datasets`, `HfFileSystem` and `from_pretrained` use."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # which would hold a body back for 40 ms
@@ -133,7 +130,6 @@ class _Handler(BaseHTTPRequestHandler):
     large = re.compile(r"/large/(datasets/|)([^/]+/[^/]+)/(.+)")
 
     def do_GET(self) -> None:
-        """Answer any request."""
         url = urlsplit(self.path)
         self.server.requests.append((self.command, self.path))
         path = unquote(url.path)
@@ -167,35 +163,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_POST(self) -> None:
-        """Make a repository, or take a commit of small files."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, self.path))
-        host = f"http://{self.headers['Host']}"
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+", path)
-        if path == "/api/repos/create":
-            made = json.loads(body)
-            name = f"{made['organization']}/{made['name']}" if made.get("organization") else made["name"]
-            self.server.repos.setdefault(name, {})
-            self.json({"url": f"{host}/{name}", "id": name})
-        elif path == "/api/validate-yaml":
-            self.json({"errors": [], "warnings": []})
-        elif found and found[2] == "preupload":
-            self.json({"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                 for file in json.loads(body)["files"]]})
-        elif found:
-            files = self.server.repos[found[1]]
-            self.server.earlier[found[1], commit(files)] = files
-            sent = [json.loads(line) for line in body.splitlines()]
-            files = files | {
-                entry["value"]["path"]: base64.b64decode(entry["value"]["content"]) for entry in sent if entry["key"] == "file"
-            }
-            self.server.repos[found[1]] = files
-            self.json({"commitUrl": f"{host}/{found[1]}/commit/{commit(files)}", "commitOid": commit(files), "success": True})
-        else:
-            self.answer(404)
-
     def log_message(self, *args: object) -> None:
         """Nothing on stderr; `Hub.requests` has it all."""
 
@@ -213,7 +180,6 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def file(self, files: Files, path: str) -> None:
-        """Send a file or the asked-for range of it."""
         if path not in files:
             self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(files)})
             return
@@ -232,7 +198,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(status, headers, body, cut)
 
     def tree(self, files: Files, folder: str, recursive: bool) -> None:
-        """List the files and folders in a folder."""
         inside = f"{folder}/" if folder else ""
         entries = {}
         for path in sorted(path for path in files if path.startswith(inside)):
@@ -249,11 +214,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.json(list(entries.values()))
 
     def json(self, content: object) -> None:
-        """Send a JSON document."""
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", cut: bool = False) -> None:
-        """Send a whole answer, or hang up after half its body."""
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -266,10 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def oid(content: bytes) -> str:
-    """A name for a content, as git gives one."""
     return hashlib.sha1(content).hexdigest()
 
 
 def commit(files: Files) -> str:
-    """A name for the state of a whole repository."""
     return oid("".join(f"{path} {oid(content)}\n" for path, content in sorted(files.items())).encode())

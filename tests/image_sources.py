@@ -59,9 +59,6 @@ def left_in(folder):
     return list(folder.rglob("*"))
 
 
-# ---- the same images in every layout ----
-
-
 def write_folders(folder, classes=FIRE_CLASSES, per_class=PER_CLASS):
     """A subfolder of PNG files a class, so many in each or as many as a list says; return the folder."""
     counts = [per_class] * len(classes) if isinstance(per_class, int) else per_class
@@ -73,20 +70,17 @@ def write_folders(folder, classes=FIRE_CLASSES, per_class=PER_CLASS):
 
 
 def wrapped_folders(folder):
-    """A download that is wrapped in four more folders."""
     write_folders(folder / "a" / "b" / "c" / "FireRisk")
     return folder
 
 
 def write_parquet(path, dataset):
-    """A dataset as one Parquet file; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(path)
     return path
 
 
 def parquet_folder(folder):
-    """Several Parquet files, as the Hub keeps them."""
     for path, content in dataset_repo(FIRE_CLASSES, PER_CLASS, 3).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
@@ -94,7 +88,6 @@ def parquet_folder(folder):
 
 
 def one_parquet(folder):
-    """A single Parquet file."""
     return write_parquet(folder / "all.parquet", image_dataset(FIRE_CLASSES, PER_CLASS))
 
 
@@ -107,7 +100,6 @@ def parquet_without_metadata(folder):
 
 
 def zipped(folder):
-    """A zip of class folders, uncompressed."""
     return zip_of(folder.with_suffix(".zip"), write_folders(folder))
 
 
@@ -129,20 +121,17 @@ def zipped_on_a_mac(folder):
 
 
 def saved_dataset(folder):
-    """What `Dataset.save_to_disk` writes."""
     image_dataset(FIRE_CLASSES, PER_CLASS).save_to_disk(folder)
     return folder
 
 
 def saved_dict(folder):
-    """What `DatasetDict.save_to_disk` writes."""
     dataset = image_dataset(FIRE_CLASSES, PER_CLASS)
     DatasetDict({"train": dataset.select(range(50)), "test": dataset.select(range(50, len(dataset)))}).save_to_disk(folder)
     return folder
 
 
 def metadata_csv(folder):
-    """Images in one folder, their labels in metadata.csv."""
     (folder / "images").mkdir(parents=True)
     rows = ["file_name,label"]
     for label, name in enumerate(FIRE_CLASSES):

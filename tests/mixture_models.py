@@ -1,24 +1,19 @@
-"""Tiny base models, random experts in memory and adapters on disk, and the mixture's formula as a plain loop."""
+"""Tiny base models, random experts in memory and adapters on disk, and mixtures of them."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ContextGatedMOE import ContextGatedMOE, Expert
 
-VISION = dict(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8, num_labels=3
-)
-TEXT = dict(
-    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=32
-)
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+VISION = dict(SMALL, image_size=16, patch_size=8, num_labels=3)
+TEXT = dict(SMALL, vocab_size=40, max_position_embeddings=32)
 
 
 class Plain(nn.Module):
@@ -58,7 +53,6 @@ class Case:
         return model
 
     def batch(self, size: int, seed: int = 0) -> dict[str, Tensor]:
-        """Random inputs as keyword arguments."""
         torch.manual_seed(100 + seed)
         return self.inputs(size)
 
@@ -73,32 +67,17 @@ def _texts(size: int) -> dict[str, Tensor]:
 
 
 def beit(**options: object) -> nn.Module:
-    """A BEiT with some options of its configuration."""
     return transformers.BeitForImageClassification(transformers.BeitConfig(**{**VISION, "drop_path_rate": 0.0, **options}))
 
 
 def llama(**options: object) -> nn.Module:
-    """A Llama with some options of its configuration."""
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, **options}))
 
 
-def _vit() -> nn.Module:
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
-
-
 def _swin() -> nn.Module:  # 4 windows, the second block's shifted, then 1 window
-    return transformers.SwinForImageClassification(
-        transformers.SwinConfig(
-            image_size=16,
-            patch_size=2,
-            embed_dim=16,
-            depths=[2, 1],
-            num_heads=[2, 2],
-            window_size=4,
-            num_labels=3,
-            drop_path_rate=0.0,
-        )
-    )
+    return transformers.SwinForImageClassification(transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4, num_labels=3,
+        drop_path_rate=0.0))
 
 
 def _bert() -> nn.Module:
@@ -117,27 +96,10 @@ def _translations(size: int) -> dict[str, Tensor]:
 
 
 def _wav2vec2() -> nn.Module:
-    return transformers.Wav2Vec2ForSequenceClassification(
-        transformers.Wav2Vec2Config(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            conv_dim=(8, 8),
-            conv_stride=(4, 4),
-            conv_kernel=(8, 4),
-            num_feat_extract_layers=2,
-            num_conv_pos_embeddings=4,
-            num_conv_pos_embedding_groups=2,
-            num_labels=3,
-            classifier_proj_size=8,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            feat_proj_dropout=0.0,
-            layerdrop=0.0,
-            final_dropout=0.0,
-        )
-    )
+    return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(
+        **SMALL, num_labels=3, conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, classifier_proj_size=8, hidden_dropout=0.0,
+        attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, final_dropout=0.0))
 
 
 def _clip() -> nn.Module:
@@ -151,20 +113,18 @@ def _texts_and_images(size: int) -> dict[str, Tensor]:  # 5 tokens of a text, as
             "pixel_values": torch.randn(size, 3, 16, 16)}
 
 
+def _tokens(size: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 40, (size, 6))}
+
+
 CASES = {
     "beit": Case(beit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
-    "vit": Case(_vit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
     "swin": Case(_swin, _images, ("q_proj", "v_proj"), ("fc1", "reduction"), "classifier"),
     "bert": Case(_bert, _texts, ("query", "value"), ("intermediate.dense", "pooler.dense"), "classifier"),
-    "llama": Case(
-        llama,
-        lambda size: {"input_ids": torch.randint(0, 40, (size, 6))},
-        ("q_proj", "v_proj"),
-        ("up_proj", "down_proj"),
-        "lm_head",
-    ),
+    "llama": Case(llama, _tokens, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head"),
     "plain": Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head"),
 }
+TIED = replace(CASES["llama"], make=lambda: llama(tie_word_embeddings=True))
 CLIP = Case(_clip, _texts_and_images, ("q_proj", "v_proj"), ("fc1",), "visual_projection")
 WAV2VEC2 = Case(
     _wav2vec2, lambda size: {"input_values": torch.randn(size, 400)}, ("q_proj", "v_proj"), ("output_dense",), "classifier"
@@ -207,14 +167,9 @@ def experts(case: Case, names: Sequence[str] = ("a", "b", "c"), sizes: Sequence[
     made = []
     for number, name in enumerate(names):
         wanted = case.first if number % 2 else (*case.first, *case.second)
-        chosen = {
-            layer: module
-            for layer, module in layers.items()
-            if any(layer == end or layer.endswith(f".{end}") for end in wanted)
-        }
         updates = {
             layer: (torch.randn(number + 1, module.in_features) * 0.3, torch.randn(module.out_features, number + 1) * 0.3)
-            for layer, module in chosen.items()
+            for layer, module in layers.items() if f".{layer}".endswith(tuple(f".{end}" for end in wanted))
         }
         width = layers[case.head].in_features
         heads = {case.head: (torch.randn(sizes[number], width), torch.randn(sizes[number]))} if sizes else {}
@@ -225,12 +180,16 @@ def experts(case: Case, names: Sequence[str] = ("a", "b", "c"), sizes: Sequence[
 CLASSES = {"a": ["x", "y"], "b": ["x", "z", "u", "v", "w"], "c": ["only"]}
 
 
+def images(case: Case, classes: Mapping[str, Sequence[str]] = CLASSES) -> dict[str, list]:
+    return {name: labelled(case, number, len(own)) for number, (name, own) in enumerate(classes.items())}
+
+
 def joint(case: Case, classes: Mapping[str, Sequence[str]] = CLASSES, fit: bool = False, **options: object) -> ContextGatedMOE:
     """A mixture of random experts that answers among all their classes, its gates random or fitted to random images."""
     sizes = [len(own) for own in classes.values()]
     model = ContextGatedMOE(case.build(), experts(case, list(classes), sizes), classes, gate_hidden=8, **options)
     if fit:
-        model.fit_gates({name: labelled(case, number, len(own)) for number, (name, own) in enumerate(classes.items())})
+        model.fit_gates(images(case, classes))
         return model
     return randomise_gates(model)
 
@@ -268,61 +227,23 @@ def mixture(case: Case, adapters: dict[str, Path], gates: int = 0, **options: ob
 
 
 def recorded(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The experts' weights in one pass, by layer."""
     with model.record_gates() as gates:
         logits(model, inputs)
     return gates
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's logits, without gradients."""
     with torch.no_grad():
         output = model(**inputs)
     return output if isinstance(output, Tensor) else output.logits
 
 
 def peft_logits(case: Case, adapter: Path, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of peft's own model: the reference for one expert."""
     return logits(PeftModel.from_pretrained(case.build(), adapter).eval(), inputs)
 
 
 def rows(inputs: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
-    """The chosen images (or texts) of a batch."""
     return {name: tensor[index] for name, tensor in inputs.items()}
-
-
-def read_tensors(adapter: Path) -> dict[str, Tensor]:
-    """An adapter's tensors by layer, straight from its file: `layer.lora_A`, `layer.lora_B`, `layer.weight`, `layer.bias`."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    return {key.removeprefix("base_model.model.").replace("lora_A.weight", "lora_A").replace("lora_B.weight", "lora_B"): tensor
-            for key, tensor in tensors.items()}
-
-
-def scale(adapter: Path, layer: str, rank: int) -> float:
-    """LoRA's alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023), from an adapter's JSON."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    alpha = next((own for key, own in config["alpha_pattern"].items() if layer.endswith(key)), config["lora_alpha"])
-    return alpha / (rank**0.5 if config["use_rslora"] else rank)
-
-
-def loop(x: Tensor, base: nn.Linear, weights: Tensor, layer: str, adapters: list[Path], is_head: bool) -> Tensor:
-    """What a mixture layer has to give, one image and one expert after the other. x: (B, N, D); weights: (B, E)."""
-    outputs = []
-    for image, own_weights in zip(x, weights, strict=True):
-        plain = nn.functional.linear(image, base.weight, base.bias)
-        y = torch.zeros_like(plain) if is_head else plain
-        for weight, adapter in zip(own_weights, adapters, strict=True):
-            tensors, update = read_tensors(adapter), torch.zeros_like(plain)
-            if f"{layer}.lora_A" in tensors:
-                down, up = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"]
-                update = scale(adapter, layer, down.shape[0]) * (image @ down.T @ up.T)
-            if is_head and f"{layer}.weight" in tensors:
-                update = nn.functional.linear(image, tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias"))
-            elif is_head:
-                update = plain + update
-            y = y + weight * update
-        outputs.append(y)
-    return torch.stack(outputs)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
@@ -335,14 +256,12 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two state dicts have the same names and bits."""
     assert list(actual) == list(expected)
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
-    """The model is as `snapshot` saw it."""
     after = snapshot(model)
     assert [entry[:2] for entry in after["modules"]] == [entry[:2] for entry in before["modules"]]
     assert after["modules"] == before["modules"]

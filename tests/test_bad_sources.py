@@ -2,7 +2,6 @@
 
 import struct
 import zlib
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, Image
@@ -24,7 +23,6 @@ from common.errors import UserError
 
 
 def with_image(folder, content):
-    """Class folders in which one image has another content."""
     (write_folders(folder) / "low" / "03.png").write_bytes(content)
     return folder
 
@@ -37,7 +35,6 @@ def bomb(folder, side):
 
 
 def replaced(folder, make):
-    """Class folders with something else in the place of an image."""
     (write_folders(folder) / "low" / "03.png").unlink()
     make(folder / "low" / "03.png")
     return folder
@@ -46,9 +43,7 @@ def replaced(folder, make):
 def changed_row(folder, image):
     """A Parquet file with another image in row 17."""
     dataset = image_dataset(FIRE_CLASSES, PER_CLASS).cast_column("image", Image(decode=False))
-    images = [*dataset["image"]]
-    images[17] = image
-    columns = {"image": images, "label": dataset["label"]}
+    columns = {"image": [*dataset["image"][:17], image, *dataset["image"][18:]], "label": dataset["label"]}
     return write_parquet(folder / "rows.parquet", Dataset.from_dict(columns, features=dataset.features))
 
 
@@ -77,25 +72,16 @@ def other_endings(folder):
 
 
 def several(folder, *names):
-    """Class folders in several folders."""
     for name in names:
         write_folders(folder / name)
     return folder
 
 
 def table(folder, **columns):
-    """A Parquet file with these columns."""
     return write_parquet(folder / "table.parquet", Dataset.from_dict(columns))
 
 
-def saved(folder, **columns):
-    """A saved dataset with these columns."""
-    Dataset.from_dict(columns).save_to_disk(folder)
-    return folder
-
-
 def cut(path, end):
-    """A file that ends early."""
     path.write_bytes(path.read_bytes()[:end])
     return path
 
@@ -108,19 +94,14 @@ BAD_SOURCES = {
     "no images": (lambda f: with_files(f, low__a_txt=b"x"), r"neither subfolders .*; its files end in \.txt"),
     "one class": (lambda f: write_folders(f, ["high"]), "needs two or more different classes"),
     "cut image": (lambda f: with_image(f, png(1, 3)[:50]), r"low/03\.png\) of fire risk is damaged"),
-    "text": (lambda f: with_image(f, b"no image"), r"low/03\.png\) of fire risk is damaged"),
     "empty image": (lambda f: with_image(f, b""), r"low/03\.png\) of fire risk is damaged: it is empty"),
-    "folder as image": (lambda f: replaced(f, Path.mkdir), r"low/03\.png\) of fire risk is damaged: .*directory"),
     "link": (lambda f: replaced(f, lambda path: path.symlink_to("gone")), r"low/03\.png\) of .* damaged: .*No such file"),
     "bomb": (lambda f: bomb(f, 10_000), r"low/03\.png\) .*damaged: it has 100,000,000 pixels.*; remove or .*--skip_damaged"),
-    "larger bomb": (lambda f: bomb(f, 20_000), r"low/03\.png\) of fire risk is damaged: .*400000000 pixels"),
     "by case": (lambda f: write_folders(f, [*FIRE_CLASSES, "Low"]), "classes 'Low' and 'low', which differ only by case"),
     "several": (lambda f: several(f, "first", "second"), r"classes in several folders \(first, second\); give one"),
-    "splits and more": (lambda f: several(f, "train", "test", "x"), r"classes in several folders \(test, train, x\)"),
     "images in splits": (lambda f: with_files(write_folders(f, ["train", "test"]), metadata_csv=b"file_name,text\na,b\n"),
                          r"24 images are not directly in a class folder \(.*, and metadata.csv has no columns file_name and"),
     "deeper": (deeper, r"12 images are not directly in a class folder \(low/set1/.*no metadata.csv or .*; move or remove"),
-    "also deeper": (lambda f: write_folders(write_folders(f) / "low", ["more"]).parent, r"12 images are not .*low/more/"),
     "beside": (lambda f: with_files(write_folders(f), over_png=png(0, 0)), r"1 images are not .* class folder \(over.png\)"),
     "endings": (other_endings, r"the folder low has no images, only 12 files that end in \.heic; convert"),
     "unlisted": (lambda f: with_files(metadata_csv(f), images__new_png=png(0, 0)), r"leaves out 1 images \(images/new.png\)"),
@@ -134,10 +115,8 @@ BAD_SOURCES = {
     "Deflate64": (lambda f: changed_file(zipped(f), ENTRY + b"\0\0\0\0", ENTRY + b"\0\0\x09\0"), "compressed in a way that"),
     "zip bomb": (lambda f: changed_file(zipped(f), *SIZES), r"high/.*\.png of 3 GB, too large"),
     "half saved": (lambda f: cut(next(saved_dataset(f).glob("*.arrow")), 5000).parent, "cannot be read as a saved dataset"),
-    "saved text": (lambda f: saved(f, text=["a"], label=[0]), "no columns 'image' and 'label' but text, label"),
     "cut row": (lambda f: changed_row(f, {"bytes": png(1, 5)[:50], "path": None}), "row 17 of fire risk is damaged"),
     "empty row": (lambda f: changed_row(f, None), "no image in row 17 of fire risk"),
-    "cut Parquet": (lambda f: cut(one_parquet(f), -9), "cannot be read as Parquet"),
     "other names": (lambda f: write_parquet(one_parquet(f).with_name("b.parquet"), image_dataset(FIRE_CLASSES[::-1], 5)).parent,
                     "b.parquet has other columns or classes"),
     "other columns": (lambda f: table(f, text=["a"], label=[0]), "no columns 'image' and 'label' but text, label"),
@@ -148,7 +127,6 @@ BAD_SOURCES = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest lifts what the code says of it
 def test_a_source_that_cannot_be_used_is_refused(tmp_path):
-    """One line says what is wrong, and nothing is written."""
     root = tmp_path / "root"
     for number, (name, (make, message)) in enumerate(BAD_SOURCES.items()):
         (tmp_path / str(number)).mkdir()

@@ -1,51 +1,28 @@
-"""Tests of Data_Preparation.py: what is chosen, what a second run does, what a refusal leaves, and the demo."""
+"""Tests of Data_Preparation.py: what is chosen, what a second run does, and what a refusal leaves."""
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from hub import FIRE_CLASSES, image_dataset, png
-from image_sources import (
-    PER_CLASS,
-    PROJECT,
-    SCRIPT,
-    all_identities,
-    left_in,
-    one_parquet,
-    opened,
-    prepared,
-    write_folders,
-    write_parquet,
-)
+from image_sources import PER_CLASS, all_identities, left_in, one_parquet, opened, prepared, write_folders, write_parquet
 from pipeline import hashes
 
-from common.data.generated import generator
 from common.errors import UserError
-from common.tasks import DOCUMENTED, TASKS_FILE
-
-pytest_plugins = ["warm_process"]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder with one subfolder of images a class."""
     return write_folders(tmp_path_factory.mktemp("images") / "FireRisk")
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Where data are prepared; it is not there yet."""
     return tmp_path / "root"
 
 
-# ---- what is chosen ----
-
-
 def test_classes_are_taken_in_the_given_order(images, root):
-    """--fire_classes is the label order; all takes every class."""
     wanted = ["water", "low", "very_high"]
     assert prepared(root, images, "--fire_classes", *wanted)["classes"] == wanted
     assert opened(root)["test"].features["label"].names == wanted
@@ -54,7 +31,6 @@ def test_classes_are_taken_in_the_given_order(images, root):
 
 
 def test_classes_and_numbers_that_cannot_be_had_are_refused(images, root):
-    """By name."""
     for flags, message in ((["--fire_classes", "low", "lava"], "no class 'lava'; there are high, low, moderate"),
                            (["--fire_classes", "low", "low"], "needs two or more different classes"),
                            (["--images_per_class", "13"], "class 'high' of fire risk has 12 images, fewer than 13")):
@@ -63,40 +39,21 @@ def test_classes_and_numbers_that_cannot_be_had_are_refused(images, root):
         assert left_in(root) == []
 
 
-def test_so_many_of_each_class(tmp_path, root):
-    """A number takes so many; all takes whatever each has; each class is cut 60/20/20."""
-    source = write_folders(tmp_path / "source", per_class=[12, 10, 12, 12, 12, 12, 12])
-    prepared(root / "5", source, count=5)
-    assert Counter(label for label, _ in all_identities(root / "5")) == dict.fromkeys(range(4), 5)
-    prepared(root, source, count="all")
-    assert Counter(label for label, _ in all_identities(root)) == {0: 12, 1: 10, 2: 12, 3: 12}
-    assert [Counter(split["label"])[1] for split in opened(root).values()] == [6, 2, 2]
-
-
-def test_the_seed_decides(images, tmp_path):
-    """Two runs of one seed write the same bytes; with another the choice of images, the splits and the fingerprint differ."""
-    found = {name: prepared(tmp_path / name, images, "--seed", name[0])["fingerprint"] for name in ("7", "7 again", "8")}
-    assert hashes(tmp_path / "7") == hashes(tmp_path / "7 again")
-    assert found["7"] != found["8"] and set(all_identities(tmp_path / "7")) != set(all_identities(tmp_path / "8"))
-
-
-def test_prepared_data_need_no_source(tmp_path, root):
-    """The images are inside; the source may go, and the same settings again do nothing and do not look at it."""
+def test_the_seed_decides_and_prepared_data_need_no_source(tmp_path):
+    """The same bytes of one seed, of another another choice; then the source may go, and the same settings do nothing."""
     source = write_folders(tmp_path / "source")
-    first = prepared(root, source)
-    before = {path: path.stat().st_mtime_ns for path in left_in(root)}
+    found = {name: prepared(tmp_path / name, source, "--seed", name[0]) for name in ("7", "7 again", "8")}
+    assert hashes(tmp_path / "7") == hashes(tmp_path / "7 again")
+    assert found["7"]["fingerprint"] != found["8"]["fingerprint"]
+    assert set(all_identities(tmp_path / "7")) != set(all_identities(tmp_path / "8"))
+    before = {path: path.stat().st_mtime_ns for path in left_in(tmp_path / "7")}
     shutil.rmtree(source)
-    assert prepared(root, source) == first and len(all_identities(root)) == 40
-    assert {path: path.stat().st_mtime_ns for path in left_in(root)} == before
-
-
-# ---- damaged images ----
-
-
-def cut_image(folder):
-    """Class folders with an image file that ends early."""
-    (write_folders(folder) / "low" / "03.png").write_bytes(png(1, 3)[:50])
-    return folder
+    assert prepared(tmp_path / "7", source, "--seed", "7") == found["7"] and len(all_identities(tmp_path / "7")) == 40
+    assert {path: path.stat().st_mtime_ns for path in left_in(tmp_path / "7")} == before
+    path = tmp_path / "7" / "fire_dataset" / "manifest.json"  # as an earlier version wrote it, without what came later
+    manifest = {key: value for key, value in found["7"].items() if key not in ("hub_choice", "own_splits")}
+    path.write_text(json.dumps(manifest))
+    assert prepared(tmp_path / "7", source, "--seed", "7") == manifest
 
 
 def test_damaged_images_can_be_left_out(tmp_path, root):
@@ -114,18 +71,6 @@ def test_damaged_images_can_be_left_out(tmp_path, root):
     assert left_in(tmp_path / "other") == []
 
 
-def test_a_refusal_is_one_line_and_status_2(tmp_path, root, warm_process):
-    """The whole script: no traceback, and no images of the other task either."""
-    source = cut_image(tmp_path / "source")
-    outcome = warm_process.run(SCRIPT, "--root", root, "--fire_source", source, "--images_per_class", "all")
-    assert outcome.status == 2 and len(outcome.errors.splitlines()) == 1, outcome.errors
-    assert outcome.errors.startswith(f"{SCRIPT}: the image in row ")
-    assert left_in(root) == []
-
-
-# ---- again ----
-
-
 def test_other_settings_are_refused_by_name(images, root, tmp_path):
     """What was made is kept, and the line names the setting and --overwrite; so it is when the new source is refused."""
     prepared(root, images)
@@ -137,18 +82,10 @@ def test_other_settings_are_refused_by_name(images, root, tmp_path):
         with pytest.raises(UserError, match=f"was made with {setting} = .*--overwrite"):
             prepared(root, images, *flags)
     with pytest.raises(UserError, match="damaged"):
-        prepared(root, cut_image(tmp_path / "source"), "--overwrite", count="all")
+        source = write_folders(tmp_path / "source")
+        (source / "low" / "03.png").write_bytes(b"cut")
+        prepared(root, source, "--overwrite", count="all")
     assert hashes(root) == before
-
-
-def test_a_manifest_of_an_earlier_version_is_one_of_the_same_settings(images, root):
-    """It lacks what only came later, and counts as made with what was always done then."""
-    prepared(root, images)
-    path = root / "fire_dataset" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["hub_choice"], manifest["own_splits"]
-    path.write_text(json.dumps(manifest))
-    assert prepared(root, images) == manifest
 
 
 def test_overwrite_makes_it_anew(tmp_path, root):
@@ -165,21 +102,3 @@ def test_overwrite_makes_it_anew(tmp_path, root):
     assert len(all_identities(root)) == 24
     assert sorted(path.name for path in root.iterdir()) == ["fire_dataset"]
     assert not (root / "fire_dataset" / "mine.txt").exists()
-
-
-# ---- the demo ----
-
-
-def test_the_demo_runs_by_itself(tmp_path, images):
-    """From another folder, without a network: five images a class of both tasks, in demo/; a local source is taken too."""
-    command = [sys.executable, str(PROJECT / SCRIPT), "--demo", "--images_per_class", "5"]
-    nowhere_to_go = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run(command, cwd=tmp_path, env=nowhere_to_go, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    for task in DOCUMENTED:
-        data = opened(tmp_path / "demo", task.key)
-        assert data["train"].features["label"].names == list(generator(task).CLASS_NAMES)
-        assert {name: len(split) for name, split in data.items()} == {"train": 12, "validation": 4, "test": 4}
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["fire_dataset", "game_dataset", TASKS_FILE]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
-    assert prepared(tmp_path / "local", images, "--demo")["source"] == str(images)

@@ -1,15 +1,12 @@
 """Tests of several processes at work on one run, as `accelerate launch` starts them: here two, over gloo, on CPUs."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 from kill_resume import NEEDED, differences
-from pipeline import PREDICTIONS, REPOSITORY, Workspace, files_in, hashes
+from pipeline import Workspace, files_in, hashes
 from safetensors.numpy import load_file
 
 from common.cli import processes
@@ -21,8 +18,6 @@ PRECISE = ["--precision", "fp32"]
 TITLES = ["Fire_Risk", "Game"]
 # Flags of each script. Batches of 7 images in training and of 3 in evaluation: neither these nor the steps come out even.
 FLAGS = {
-    "Generate_Base_Model": ["--batch_size", "7", "--accumulation_steps", "2"],
-    "Benchmark": [],
     "Finetune": ["--batch_size", "7", "--gradient_checkpointing"],
     "Lora_Finetune": ["--batch_size", "23", "--largest_batch", "--checkpoint_every_steps", "1"],  # a step of 1 image remains
     # By small steps: where a gradient is hardly more than rounding, Adam makes a whole one, in another direction.
@@ -44,8 +39,8 @@ def by_two(tmp_path_factory, workspace, warm_process):
 
 
 def run_scripts(root, workspace, warm_process, number):
-    """The scripts that compute, by so many processes."""
-    place = workspace.copy(root, "fire_dataset", "game_dataset", "tasks.json")
+    """The scripts that train, by so many processes."""
+    place = workspace.copy(root, "fire_dataset", "game_dataset", "tasks.json", "Results/Base_Models")
     for script, flags in FLAGS.items():
         done = warm_process.run(f"{script}.py", *place.flags(script, *PRECISE, *flags), processes=number, constants=UNEVEN)
         assert (done.status, done.errors) == (0, "")
@@ -58,7 +53,7 @@ def test_two_processes_leave_the_same_files_as_one_and_no_others(by_one, by_two)
 
 
 def test_every_image_is_predicted_once_in_order_as_by_one_process(by_one, by_two):
-    for method, title in itertools.product(PREDICTIONS, TITLES):
+    for method, title in itertools.product(("Finetune", "Lora_Finetune", "CGM_Lora"), TITLES):
         one, two = (place.predictions(method, title) for place in (by_one, by_two))
         assert list(one) == list(two)
         assert one["Image"].equals(two["Image"]) and one["Actual Class"].equals(two["Actual Class"])
@@ -100,17 +95,6 @@ def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_
     assert differences(place, by_two, "Finetune") == []
 
 
-def test_what_two_processes_have_begun_one_can_end(warm_process, by_one, tmp_path):
-    place = by_one.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
-    flags = place.flags("Lora_Finetune", *PRECISE, *FLAGS["Lora_Finetune"])
-    warm_process.run("Lora_Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 4), processes=2)
-    ended = warm_process.run("Lora_Finetune.py", *flags)
-    assert ended.status == 0 and "going on: LoRA fire, epoch 2/2, step 1/2" in ended.output
-    for title in TITLES:
-        one, two = (run.predictions("Lora_Finetune", title).filter(like="Probability") for run in (by_one, place))
-        assert np.allclose(one, two, atol=1e-5)
-
-
 def test_what_is_wrong_is_said_once(warm_process, mutable):
     for script, flags, words in [
         ("Finetune", ["--learning_rate", "-1"], "--learning_rate"),  # before they have met
@@ -143,24 +127,9 @@ def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
 
 def test_a_finished_run_is_finished_for_all(warm_process, by_two):
     before = hashes(by_two.root)
-    done = warm_process.run("Benchmark.py", *by_two.flags("Benchmark", *PRECISE), processes=2)
-    assert done.status == 0 and done.output.count("Benchmark is finished already") == 1
+    done = warm_process.run("Finetune.py", *by_two.flags("Finetune", *PRECISE, *FLAGS["Finetune"]), processes=2)
+    assert done.status == 0 and done.output.count("Finetune is finished already") == 1
     assert hashes(by_two.root) == before
-
-
-def test_accelerate_launches_two_processes(by_two, tmp_path):
-    """The documented command itself."""
-    place = by_two.copy(tmp_path / "root", *NEEDED["Lora_Finetune"])
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
-               REPOSITORY / "Lora_Finetune.py", *place.flags("Lora_Finetune", *PRECISE, *FLAGS["Lora_Finetune"])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("Results are in") == 1
-    for title in TITLES:  # its batches in evaluation are larger ones
-        one, two = (run.predictions("Lora_Finetune", title).filter(like="Probability") for run in (by_two, place))
-        assert np.allclose(one, two, atol=1e-5)
-
-
-# ---- sharing out ----
 
 
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch):

@@ -9,36 +9,23 @@ import torch
 from trainings import CLASSES, examples, settings, trained, weights
 
 from common import models
-from common.comparison import mixture
 from common.errors import UserError
 from common.training.evaluate import evaluate
 from common.training.loop import fit
 from common.training.objective import Objective
 
 
-def test_gradient_checkpointing_gives_the_same_weights(workspace, tasks):
-    for script in ("Finetune", "Lora_Finetune", "CGM_Lora"):
-        found = []
-        for flags in ([], ["--gradient_checkpointing"]):
-            config = workspace.config(script, "--epochs", "1", *flags)
-            if script == "CGM_Lora":
-                model = mixture.build(config, tasks)
-                fitted = mixture.fit_gates(model, config, tasks)
-            else:
-                base = models.load_backbone(config.model, tasks[0].classes, config.seed)
-                model = base if script == "Finetune" else models.add_lora(base, 4, 8, 0)
-                fitted = fit(model, tasks[0].train, tasks[0].validation, config, "test")
-            found.append((weights(model), fitted.history))
-        assert torch.equal(found[0][0], found[1][0]) and found[0][1].equals(found[1][1])
-
-
-def test_gradient_checkpointing_computes_the_blocks_twice(workspace, tasks):
-    passes = []
-    config = workspace.config("Finetune", "--epochs", "1", "--batch_size", "24", "--gradient_checkpointing")
-    model = models.load_backbone(config.model, tasks[0].classes, config.seed)
-    model.beit.layers[0].mlp.fc1.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    fit(model, tasks[0].train, tasks[0].validation, config, "test")
-    assert passes.count(True) == 2
+def test_gradient_checkpointing_computes_the_blocks_twice_and_gives_the_same_weights(workspace, tasks):
+    found, passes = [], []
+    for flags in ([], ["--gradient_checkpointing"]):
+        config = workspace.config("Finetune", "--epochs", "1", "--batch_size", "24", *flags)
+        model = models.load_backbone(config.model, tasks[0].classes, config.seed)
+        passes.append([])
+        model.beit.layers[0].mlp.fc1.register_forward_hook(lambda *_: passes[-1].append(torch.is_grad_enabled()))
+        history = fit(model, tasks[0].train, tasks[0].validation, config, "test").history
+        found.append((weights(model), history))
+    assert [seen.count(True) for seen in passes] == [1, 2]
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].equals(found[1][1])
 
 
 class Greedy(Objective):

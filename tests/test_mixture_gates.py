@@ -1,6 +1,7 @@
 """Tests of the gates: recorded, fixed, chosen, fitted in closed form from sums that add up, and trained."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,29 +11,23 @@ from mixture_models import (
     WAV2VEC2,
     assert_close,
     assert_same_tensors,
+    beit,
     experts,
+    images,
     joint,
-    labelled,
     logits,
     recorded,
     rows,
     shared,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from ContextGatedMOE import ContextGatedMOE, MixtureError
+from ContextGatedMOE.fitting import gather
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.statistics import Statistics, symmetric
 
 BEIT, BERT, LLAMA, PLAIN = CASES["beit"], CASES["bert"], CASES["llama"], CASES["plain"]
-
-
-def images(case=BEIT, seed: int = 0) -> dict[str, list]:
-    """Batches of every expert's images."""
-    return {name: labelled(case, number + seed, len(own)) for number, (name, own) in enumerate(CLASSES.items())}
-
-
-# --- Weights ----------------------------------------------------------------------------------------------------------
 
 
 def test_recorded_gates_are_one_row_an_image_that_sums_to_one():
@@ -46,15 +41,8 @@ def test_recorded_gates_are_one_row_an_image_that_sums_to_one():
             assert_close(weights.sum(1), torch.ones(3))
         list(gates.values())[-1][:, 0].sum().backward()  # evidence is carried on: the last weights reach every gate
         assert all(gate.score.weight.grad.abs().sum() > 0 for gate in model.gates().values())
-        gates.clear()
-        logits(model, case.batch(2))
-        assert gates == {}
-
-
-def test_new_gates_weigh_all_experts_alike():
-    model = ContextGatedMOE(BEIT.build(), experts(BEIT))
-    for weights in recorded(model, BEIT.batch(2)).values():
-        assert_close(weights, torch.full((2, 3), 1 / 3))
+    for weights in recorded(ContextGatedMOE(BEIT.build(), experts(BEIT)), BEIT.batch(2)).values():
+        assert_close(weights, torch.full((2, 3), 1 / 3))  # new gates weigh all experts alike
 
 
 def test_fixed_gates_nest_and_are_forgotten():
@@ -75,39 +63,17 @@ def test_fixed_gates_nest_and_are_forgotten():
 def test_the_largest_weights_are_kept_and_the_gradient_is_that_of_all():
     evidence = torch.tensor([[1.0, 3.0, 2.0], [0.5, -1.0, 0.0]], requires_grad=True)
     direction = torch.tensor([[0.3, -1.0, 0.7], [2.0, 0.1, -0.4]])
-    (evidence.softmax(1) * direction).sum().backward()
-    expected_gradient, kept_of = evidence.grad.clone(), {1: [[0, 1, 0], [1, 0, 0]], 2: [[0, 1, 1], [1, 0, 1]], 3: [[1] * 3] * 2}
-    for top_k, kept in kept_of.items():
+    expected_gradient, = torch.autograd.grad((evidence.softmax(1) * direction).sum(), evidence)
+    for top_k, kept in {1: [[0, 1, 0], [1, 0, 0]], 2: [[0, 1, 1], [1, 0, 1]], 3: [[1] * 3] * 2}.items():
         weights = evidence.softmax(1)
         expected = torch.tensor(kept) * weights
         for training in (True, False):
-            evidence.grad = None
-            selected = select(weights, top_k, training)
-            assert_close(selected, expected / expected.sum(1, keepdim=True))
-        evidence.grad = None
-        (select(evidence.softmax(1), top_k, True) * direction).sum().backward()
-        assert_close(evidence.grad, expected_gradient)  # once: the norm that the docstring promises, not twice
+            assert_close(select(weights, top_k, training), expected / expected.sum(1, keepdim=True))
+        gradient, = torch.autograd.grad((select(weights, top_k, True) * direction).sum(), evidence)
+        assert_close(gradient, expected_gradient)  # once: the norm that the docstring promises, not twice
     inputs = BEIT.batch(2)
     assert torch.equal(logits(joint(BEIT, top_k=5), inputs), logits(joint(BEIT), inputs))
     assert all(((weights > 0).sum(1) == 1).all() for weights in recorded(joint(BEIT, top_k=1), inputs).values())
-
-
-def test_only_gates_are_trained():
-    for case, make in ((BEIT, joint), (PLAIN, joint), (LLAMA, shared)):
-        model = make(case).train()
-        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert {id(p) for p in model.gate_parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
-        assert all(".context_gate." in name or name.rpartition(".")[2] in ("router_scale", "expert_scale", "class_share")
-                   for name in trainable)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        output = model(**case.batch(4))
-        (output if isinstance(output, Tensor) else output.logits).square().mean().backward()
-        optimizer.step()
-        assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == trainable
-
-
-# --- Statistics -------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_add_up():
@@ -122,10 +88,26 @@ def test_statistics_add_up():
     torch.testing.assert_close(symmetric(whole.scatter, 7), centred.T @ centred)
 
 
-def test_images_fit_the_gates_whatever_their_batches_and_in_any_type():
-    whole = joint(BEIT, fit=True)
-    inputs = {name: torch.cat([batch["pixel_values"] for batch, _ in own]) for name, own in images().items()}
-    labels = {name: torch.cat([label for _, label in own]) for name, own in images().items()}
+def test_gathering_statistics_ends_at_the_last_gate_and_gives_those_of_a_whole_pass():
+    model, later = joint(replace(BEIT, make=lambda: beit(num_hidden_layers=5))), []
+    for block in model.base_model.beit.layers[len(model.gates()) :]:
+        block.register_forward_pre_hook(lambda *_: later.append("called"))
+    batch = images(BEIT)["b"][0]
+    found = gather(model, "b", [batch], 5)
+    assert list(found) == [f"beit.layers.{number}" for number in range(3)] and not later
+    features = {}
+    with torch.no_grad(), model.router.using(plain=True, features=features):
+        model.base_model(**batch[0])
+    assert len(later) == 2
+    for layer, values in features.items():
+        whole = Statistics.of(values, batch[1], 5).rounded()
+        assert_same_tensors(vars(found[layer]), vars(whole))
+
+
+def test_images_fit_the_gates_whatever_their_batches_and_one_expert_after_the_other():
+    whole, batches = joint(BEIT, fit=True), images(BEIT)
+    inputs = {name: torch.cat([batch["pixel_values"] for batch, _ in own]) for name, own in batches.items()}
+    labels = {name: torch.cat([label for _, label in own]) for name, own in batches.items()}
     for shape in (
         lambda name: (inputs[name], labels[name]),
         lambda name: [{"pixel_values": inputs[name], "labels": labels[name]}],
@@ -135,17 +117,13 @@ def test_images_fit_the_gates_whatever_their_batches_and_in_any_type():
         model.fit_gates({name: shape(name) for name in CLASSES})
         for gate, expected in zip(model.gates().values(), whole.gates().values(), strict=True):
             assert (gate.score.weight - expected.score.weight).abs().max() < 1e-3 * expected.score.weight.abs().max()
-    half = joint(BEIT)
-    for name in CLASSES:  # an expert after the other: what is known of the others is used
-        half.statistics.pop(name, None)
-        half.statistics = {**half.statistics, name: whole.statistics[name]}
-    half.fit_gates({"b": images()["b"]})
-    assert_same_tensors({k: v for k, v in half.state_dict().items() if "score" in k},
-                        {k: v for k, v in whole.state_dict().items() if "score" in k})
-    chosen = torch.cat(
-        [recorded(whole, {"pixel_values": inputs[name]})["beit.layers.1"].argmax(1) == n for n, name in enumerate(CLASSES)]
-    )
-    assert chosen.float().mean() > 0.95
+    later = joint(BEIT)
+    later.statistics = {name: own for name, own in whole.statistics.items() if name != "b"}
+    later.fit_gates({"b": batches["b"]})  # what is known of the others is used
+    for gate, expected in zip(later.gates().values(), whole.gates().values(), strict=True):
+        assert_same_tensors(gate.score.state_dict(), expected.score.state_dict())
+    chosen = [recorded(whole, {"pixel_values": inputs[name]})["beit.layers.1"].argmax(1) == n for n, name in enumerate(CLASSES)]
+    assert torch.cat(chosen).float().mean() > 0.95
 
 
 def test_padding_is_no_part_of_features_or_statistics():
@@ -155,108 +133,88 @@ def test_padding_is_no_part_of_features_or_statistics():
     for size in (1, 3, 4, 9):
         mask = (torch.arange(14) < size).long().expand(2, -1)
         padded = torch.cat([tokens[:, :size], torch.full((2, 14 - size, 6), 1e3)], 1)
-        expected = gate.features(tokens[:, :size])
-        assert_close(gate.features(padded, mask), expected)
+        assert_close(gate.features(padded, mask), gate.features(tokens[:, :size]))
         assert_close(gate.features(padded.flip(1), mask.flip(1).bool()), gate.features(tokens[:, :size].flip(1)))
-    model = shared(BERT)
-    texts = {name: [BERT.batch(8, seed)] for seed, name in enumerate("abc")}
-    fill = {
-        name: [{**own[0], "input_ids": torch.where(own[0]["attention_mask"].bool(), own[0]["input_ids"], 7)}]
-        for name, own in texts.items()
-    }
-    found = []
-    for chosen in (texts, fill):
-        model.fit_gates(chosen)
+    model, found = shared(BERT), []
+    for fill in (None, 7):
+        texts = {name: BERT.batch(8, seed) for seed, name in enumerate("abc")}
+        if fill is not None:
+            for own in texts.values():
+                own["input_ids"] = torch.where(own["attention_mask"].bool(), own["input_ids"], fill)
+        model.fit_gates({name: [own] for name, own in texts.items()})
         found.append([parameter.clone() for parameter in model.gate_parameters()])
-    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(*found, strict=True))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, atol=1e-4)
 
 
 def test_familiarity_is_an_image_s_own_and_knows_strangers():
     model, inputs = joint(BEIT, fit=True), BEIT.batch(5)
-    whole = model.train().predict(**inputs)
-    assert model.training and whole.logits.shape == (5, 8) and list(whole.gates) == ["beit.layers.0", "beit.layers.1"]
+    model.train().base_model.beit.eval()
+    modes = [module.training for module in model.modules()]
+    whole = model.predict(**inputs)
+    assert [module.training for module in model.modules()] == modes
+    assert whole.logits.shape == (5, 8) and list(whole.gates) == ["beit.layers.0", "beit.layers.1"]
     assert whole.familiarity.shape == (5,) and (whole.familiarity.abs() <= 1 + 1e-6).all()
     for image in range(5):
         alone = model.predict(**rows(inputs, [image]))
         assert_close(alone.familiarity, whole.familiarity[[image]])
         assert_close(alone.logits, whole.logits[[image]])
-    known = model.predict(**images()["b"][0][0]).familiarity.mean()
+    known = model.predict(**images(BEIT)["b"][0][0]).familiarity.mean()
     torch.manual_seed(5)
     assert known > model.predict(pixel_values=torch.rand(7, 3, 16, 16) * 3).familiarity.mean()
     assert joint(BEIT).predict(**inputs).familiarity is None
-    frozen = joint(BEIT).train()
-    frozen.base_model.beit.eval()
-    modes = [module.training for module in frozen.modules()]
-    frozen.predict(**inputs)
-    assert [module.training for module in frozen.modules()] == modes
+
+
+def loader(model: ContextGatedMOE, batches: dict[str, list]) -> list:
+    """Images of all experts in one list of batches, with output numbers as labels."""
+    return [(inputs, torch.tensor(model.columns[name])[labels]) for name, own in batches.items() for inputs, labels in own]
 
 
 def joint_loss(model: ContextGatedMOE, batches: dict[str, list]) -> float:
     """The mean negative log-likelihood of the joint answer."""
-    losses = [nn.functional.nll_loss(logits(model, inputs), torch.tensor(model.columns[name])[labels], reduction="none")
-              for name, own in batches.items() for inputs, labels in own]
+    losses = [nn.functional.nll_loss(logits(model, inputs), labels, reduction="none")
+              for inputs, labels in loader(model, batches)]
     return torch.cat(losses).mean().item()
 
 
 def test_validation_images_choose_the_numbers():
-    model, other = joint(BEIT), images()
+    model, own = joint(BEIT), images(BEIT)
     hard = {name: [(BEIT.batch(20, 30 + number), torch.arange(20) % len(CLASSES[name]))] for number, name in enumerate(CLASSES)}
-    model.fit_gates(other)
+    model.fit_gates(own)
     before = joint_loss(model, hard)
     model.fit_gates({}, hard)  # pure noise: what the gates say of it is to count for little
     assert joint_loss(model, hard) < before - 1
     with pytest.raises(MixtureError, match="without classes="):
         shared(BERT).fit_gates({name: [BERT.batch(4)] for name in "abc"}, {"a": [BERT.batch(4)]})
-    for wrong, message in (
-        ({"z": []}, "'z'"),
-        ({"a": other["a"]}, "no images of expert 'b'"),
-        ({**other, "a": []}, "no images of 2"),
-        ({**other, "a": other["b"]}, "labelled 4"),
-        ({**other, "a": [(other["a"][0][0], torch.zeros(7).long())]}, "of 1"),
-    ):
-        with pytest.raises(MixtureError, match=message):
-            joint(BEIT).fit_gates(wrong)
+    with pytest.raises(MixtureError, match="no images of expert 'b'"):
+        joint(BEIT).fit_gates({"a": own["a"]})
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def loader(model: ContextGatedMOE) -> list:
-    """Images of all experts in one list of batches, with output numbers as labels."""
-    return [(inputs, torch.tensor(model.columns[name])[labels]) for name, own in images().items() for inputs, labels in own]
-
-
-def test_training_lowers_the_joint_loss_and_keeps_the_best():
+def test_training_moves_the_gates_alone_lowers_the_joint_loss_and_keeps_the_best():
     for case in (BEIT, PLAIN):
-        model = joint(case).eval()
-        batches = [
-            (inputs, torch.tensor(model.columns[name])[labels]) for name, own in images(case).items() for inputs, labels in own
-        ]
-        before = joint_loss(model, images(case))
-        frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+        model, own = joint(case).eval(), images(case)
+        batches, before, start = loader(model, own), joint_loss(model, own), copy.deepcopy(model.state_dict())
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(".context_gate." in name or name.rpartition(".")[2] in ("router_scale", "expert_scale", "class_share")
+                   for name in trainable)
         history = model.train_gates(batches, batches, epochs=3, learning_rate=0.02)
-        after = joint_loss(model, images(case))
+        after = joint_loss(model, own)
         assert [entry["epoch"] for entry in history] == [0, 1, 2, 3] and abs(history[0]["validation_loss"] - before) < 1e-4
         assert after < before and abs(min(entry["validation_loss"] for entry in history) - after) < 1e-4
         assert not any(module.training for module in model.modules())
-        assert_same_tensors({name: p for name, p in model.named_parameters() if not p.requires_grad}, frozen)
+        assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])} == trainable
 
 
 def test_training_that_makes_it_worse_or_fails_leaves_the_start():
     model = joint(BEIT, fit=True).eval()
-    start = copy.deepcopy(model.state_dict())
-    wrong = [(inputs, (labels + 3) % 8) for inputs, labels in loader(model)]
-    model.train_gates(wrong, loader(model), epochs=2, learning_rate=0.1)
+    start, right = copy.deepcopy(model.state_dict()), loader(model, images(BEIT))
+    model.train_gates([(inputs, (labels + 3) % 8) for inputs, labels in right], right, epochs=2, learning_rate=0.1)
     assert_same_tensors(model.state_dict(), start)
-    spoilt = [*loader(model), ({"pixel_values": torch.full((1, 3, 16, 16), float("nan"))}, torch.zeros(1).long())]
-    for batches, message in ((spoilt, "the loss is nan"), ([], "no batches"), (iter(loader(model)), "read once only")):
+    spoilt = [*right, ({"pixel_values": torch.full((1, 3, 16, 16), float("nan"))}, torch.zeros(1).long())]
+    for batches, message in ((spoilt, "the loss is nan"), ([], "no batches"), (iter(right), "read once only")):
         with pytest.raises(MixtureError, match=message):
             model.train_gates(batches, epochs=2, learning_rate=0.1)
         assert_same_tensors(model.state_dict(), start)
         assert not any(module.training for module in model.modules())
-    model.train_gates(loader(model), epochs=1)
-    assert not torch.equal(
-        next(iter(model.gates().values())).score.weight, start["base_model.beit.layers.0.context_gate.score.weight"]
-    )
     with pytest.raises(MixtureError, match="no gates"):
-        ContextGatedMOE(BEIT.build(), []).train_gates(loader(model))
+        ContextGatedMOE(BEIT.build(), []).train_gates(right)

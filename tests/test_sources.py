@@ -13,7 +13,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hub import FIRE_CLASSES, image_dataset, png
 from image_sources import (
-    FIRE,
     PER_CLASS,
     all_identities,
     changed_file,
@@ -42,11 +41,7 @@ from common.errors import UserError
 
 @pytest.fixture
 def root(tmp_path):
-    """Where data are prepared; it is not there yet."""
     return tmp_path / "root"
-
-
-# ---- layouts ----
 
 
 def test_every_layout_gives_the_same_data(tmp_path):
@@ -59,35 +54,24 @@ def test_every_layout_gives_the_same_data(tmp_path):
         assert (made["fingerprint"], made["classes"]) == (plain["fingerprint"], plain["classes"]), make.__name__
 
 
-def test_names_of_every_kind(tmp_path):
-    """Spaces and other alphabets, in the source's path, the class names and the root; classes that are numbers by number."""
-    source = write_folders(tmp_path / "Luftbilder – 火災 2024", ["sehr hoch", "mäßig", "低い", "non brûlable"])
-    classes = prepared(tmp_path / "Größe & Wörter", source)["classes"]
-    assert sorted(classes) == sorted(path.name for path in source.iterdir())
-    assert opened(tmp_path / "Größe & Wörter")["train"].features["label"].names == classes
-
+def test_classes_that_are_numbers_are_in_order_of_number_and_a_link_in_a_circle_ends(tmp_path):
     numbers = [0, 1, 2, 10, 11]
     folders = write_folders(tmp_path / "numbers", [str(number) for number in numbers], 5)
+    (folders / "1" / "again").symlink_to(folders)
     table = Dataset.from_dict({"image": [png(0, 0)] * 50, "label": numbers * 10})
     for source in (folders, write_parquet(tmp_path / "numbers.parquet", table)):
         assert local_source(source, "").classes == ["0", "1", "2", "10", "11"]
-    assert run(tmp_path / "root", "--task", f"n={folders}")["n"]["classes"] == ["0", "1", "2", "10", "11"]
+    assert len(local_source(folders, "").labels) == 25
 
 
-def test_rows_without_a_label_are_told_of(root, tmp_path, capsys):
-    """No value, NaN, -1 or any other number that has no name where names are known: none of these is a class."""
+def test_what_has_no_label_or_is_no_image_is_told_of(root, tmp_path, capsys):
+    """No value, NaN, -1 or a number that has no name where names are known; endings that no image has, but for hidden files."""
     images = [png(label, index) for label in range(3) for index in range(7)]
     table = Dataset.from_dict({"image": images, "label": [1.0] * 7 + [2.0] * 7 + [None, float("nan")] * 3 + [2.0]})
     assert Counter(local_source(write_parquet(tmp_path / "a.parquet", table), "").labels) == {0: 7, 1: 8, NO_LABEL: 6}
     named = image_dataset(FIRE_CLASSES[:3], 7).data.table
     numbers = [0] * 7 + [1] * 7 + [-1, 3, 4, -1, -1, 9, 9]
     pq.write_table(named.set_column(1, named.schema.field("label"), [numbers]), tmp_path / "b.parquet")
-    run(root, "--task", f"a={tmp_path / 'b.parquet'}", "--classes", "a=high,low")
-    assert "a: 7 images have no label and are left out" in capsys.readouterr().out
-
-
-def test_every_ending_that_pillow_opens_is_an_image_and_others_are_told_of(root, tmp_path, capsys):
-    """Endings that are no images are counted; hidden files, as macOS leaves them, are not."""
     source = write_folders(tmp_path / "source", ["a", "b"], 7)
     for number, ending in enumerate((".jfif", ".avif", ".JPG", ".webp", ".jp2", ".tga", ".ppm")):
         path = source / "a" / f"{number:02d}.png"
@@ -95,18 +79,11 @@ def test_every_ending_that_pillow_opens_is_an_image_and_others_are_told_of(root,
         path.unlink()
     for name in ("._00.png", "notes.txt", "Thumbs.db", "more.txt", "README"):
         (source / "a" / name).write_bytes(b"no image")
-    assert sum(run(root, "--task", f"a={source}")["a"]["images"].values()) == 14
-    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 .db, 1 no ending" in capsys.readouterr().out
-
-
-def test_a_link_in_a_circle_ends(tmp_path):
-    """A class folder that leads back to the source."""
-    source = write_folders(tmp_path / "source", ["a", "b"], 5)
-    (source / "a" / "again").symlink_to(source)
-    assert len(local_source(source, FIRE.source_flag).labels) == 10
-
-
-# ---- zips ----
+    made = run(root, "--task", f"a={tmp_path / 'b.parquet'}", f"b={source}", "--classes", "a=high,low")
+    assert [sum(manifest["images"].values()) for manifest in made.values()] == [14, 14]
+    told = capsys.readouterr().out
+    assert "a: 7 images have no label and are left out" in told
+    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 .db, 1 no ending" in told
 
 
 def test_a_zip_is_read_in_place(tmp_path, root, capsys):
@@ -146,13 +123,10 @@ def test_names_in_zips_as_people_have_them(tmp_path):
     assert next(source.read([0])).read_bytes() == png(0, 1)  # the later one of two counts, as when it is unpacked
 
 
-# ---- a source's own split ----
-
 SPLIT_COUNTS = {"train": [6, 8], "val": [2, 1], "test": [3, 4]}
 
 
 def split_folders(folder, *splits):
-    """Class folders in split folders; every image is another one."""
     start = 0
     for name in splits:
         for label, count in enumerate(SPLIT_COUNTS[name]):
@@ -164,7 +138,6 @@ def split_folders(folder, *splits):
 
 
 def split_tables(splits):
-    """The same as datasets by split."""
     made = image_dataset(["class 0", "class 1"], 60)
     places = {name: [60 * label + 20 * number + index for label in range(2) for index in range(SPLIT_COUNTS[name][label])]
               for number, name in enumerate(splits)}
@@ -191,18 +164,15 @@ def test_a_split_of_the_source_s_own_is_kept(root, tmp_path):
         made = run(root / top.name, "--task", *[f"{key}={source}" for key, source in sources.items()])
         for key, manifest in made.items():
             assert (manifest["own_splits"], manifest["images"]) == (kept, wanted), (splits, key)
-            found = {name: set(identities_of(split)) for name, split in opened(root / top.name, key).items()}
+            pixels = {name: [image.getpixel((0, 0)) for image in split["image"]]
+                      for name, split in opened(root / top.name, key).items()}
+            found = {name: {((red - 10) // 20, number) for red, number, _ in own} for name, own in pixels.items()}
             for place, name in enumerate(splits):
                 own = {(label, 20 * place + index) for label in range(2) for index in range(SPLIT_COUNTS[name][label])}
                 inside = found["validation" if name == "val" else name]
                 assert inside <= own if name == "train" else inside == own or name not in ("val", "test")
             assert len(set().union(*found.values())) == sum(wanted.values())
             assert all({label for label, _ in images} == {0, 1} for images in found.values())
-
-
-def identities_of(split):
-    """Class and number of the images that `split_folders` made."""
-    return [((image.getpixel((0, 0))[0] - 10) // 20, image.getpixel((0, 0))[1]) for image in split["image"]]
 
 
 def test_the_split_flag_decides(root, tmp_path):

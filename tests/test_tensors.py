@@ -9,7 +9,6 @@ import torch
 import transformers
 from datasets import load_from_disk
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
@@ -25,26 +24,18 @@ FIRE = DOCUMENTED[0]
 SQUARE, SMALL, LARGER = {"height": 32, "width": 32}, {"shortest_edge": 40}, {"height": 40, "width": 48}
 PROCESSORS = [  # class, settings, and whether what it makes of pixels is linear
     ("Beit", {"size": SQUARE, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, True),
-    ("Beit", {"size": SQUARE, "do_normalize": False}, True),
     ("Beit", {"size": SQUARE, "do_normalize": False, "do_rescale": False}, True),
     ("Beit", {"size": SQUARE, "do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 50.0, 40.0]}, True),
     ("Beit", {"size": {"height": 44, "width": 44}, "do_center_crop": True, "crop_size": SQUARE}, True),
     ("ViT", {"size": SQUARE, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3}, True),
     ("ViT", {"size": {"height": 20, "width": 44}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, True),
-    ("ViT", {"size": SQUARE, "resample": 0}, True),
-    ("ViT", {"size": {"height": 44, "width": 20}, "resample": 1, "do_convert_rgb": True}, True),
     ("ViT", {"size": SQUARE, "do_pad": True, "pad_size": LARGER}, False),
     ("ViT", {"size": SQUARE, "do_pad": True, "pad_size": LARGER, "do_normalize": False}, True),
     ("ViT", {"do_resize": False, "do_center_crop": True, "crop_size": SQUARE}, True),
     ("ViT", {"size": {"shortest_edge": 30, "longest_edge": 50}, "do_center_crop": True, "crop_size": SQUARE}, True),
-    ("ViT", {"size": {"max_height": 40, "max_width": 40}, "do_center_crop": True, "crop_size": LARGER}, True),
     ("DeiT", {"size": {"height": 36, "width": 36}, "crop_size": SQUARE}, True),
-    ("CLIP", {"size": SMALL, "crop_size": SQUARE}, True),
     ("CLIP", {"size": SMALL, "crop_size": {"height": 64, "width": 48}}, True),  # larger than some of the images
-    ("Siglip", {"size": SQUARE}, True),
     ("Bit", {"size": SMALL, "crop_size": SQUARE}, True),  # of DINOv2
-    ("ConvNext", {"size": {"shortest_edge": 32}}, True),
-    ("Levit", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, True),
     ("MobileViT", {"size": SMALL, "crop_size": SQUARE}, True),  # turns RGB into BGR
     ("EfficientNet", {"size": SQUARE, "rescale_offset": True, "include_top": False}, True),
     ("EfficientNet", {"size": SQUARE}, False),  # normalises even the pixels asked for as they are
@@ -52,7 +43,6 @@ PROCESSORS = [  # class, settings, and whether what it makes of pixels is linear
 
 
 def processor_of(kind, settings):
-    """An image processor of transformers in its PIL version."""
     return getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
 
 
@@ -72,7 +62,6 @@ def root(tmp_path_factory):
 
 
 def load(root, kind="Beit", settings=None):
-    """The task as a model with this processor takes it."""
     return load_task(FIRE, parse(PreparationConfig, ["--root", str(root)]), processor_of(kind, settings or PROCESSORS[0][1]))
 
 
@@ -86,30 +75,25 @@ def copied(root, tmp_path):
 
 
 def everything(data):
-    """All inputs and labels of a task."""
     return [tensor for name in SPLITS for tensor in (getattr(data, name).inputs[:], getattr(data, name).labels)]
 
 
-# ---- one definition of what a model sees ----
-
-
-@pytest.mark.parametrize("kind, settings, linear", PROCESSORS)
-def test_a_model_sees_what_its_processor_gives(root, kind, settings, linear):
+def test_a_model_sees_what_its_processor_gives(root):
     """For every image of every split; as uint8 wherever that is enough."""
-    data, processor = load(root, kind, settings), processor_of(kind, settings)
     images = load_from_disk(str(root / "fire_dataset"))
-    for name in SPLITS:
-        split = getattr(data, name)
-        wanted = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images[name]["image"]])
-        seen = split.batch(torch.arange(len(split)))
-        assert seen.dtype == torch.float32 and seen.shape == wanted.shape
-        assert (seen - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max())
-        assert split.labels.tolist() == images[name]["label"]
-        assert split.inputs.dtype == (torch.uint8 if linear else torch.float32)
+    for kind, settings, linear in PROCESSORS:
+        data, processor = load(root, kind, settings), processor_of(kind, settings)
+        for name in SPLITS:
+            split = getattr(data, name)
+            wanted = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images[name]["image"]])
+            seen = split.batch(torch.arange(len(split)))
+            assert seen.dtype == torch.float32 and seen.shape == wanted.shape, (kind, settings)
+            assert (seen - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max()), (kind, settings)
+            assert split.labels.tolist() == images[name]["label"]
+            assert split.inputs.dtype == (torch.uint8 if linear else torch.float32), (kind, settings)
 
 
 def test_a_processor_that_makes_no_pictures_of_one_size_is_refused(root):
-    """In one line, which names the model; no file is left behind."""
     before = set((root / "fire_dataset").iterdir())
     for kind, settings, reason in [("CLIP", {"size": SMALL, "do_center_crop": False}, r"different sizes \(\d+ x \d+ pixels"),
                                    ("ViT", {"do_resize": False}, "different sizes"),
@@ -118,9 +102,6 @@ def test_a_processor_that_makes_no_pictures_of_one_size_is_refused(root):
         with pytest.raises(UserError, match=f"image processor of --model .*{reason}.*choose") as error:
             load(root, kind, settings)
         assert "\n" not in str(error.value) and set((root / "fire_dataset").iterdir()) == before
-
-
-# ---- images on disk ----
 
 
 def test_images_on_disk_are_indexed_as_a_tensor(root):
@@ -147,32 +128,19 @@ def test_several_tasks_are_one_set(root):
     part = both.take(rows)
     assert torch.equal(part.batch(torch.arange(4)), both.batch(rows)) and torch.equal(part.tasks, both.tasks[rows])
     with pytest.raises(UserError, match="differ in size .*20, 44"):
-        together([data.test, load(root, "ViT", PROCESSORS[6][1]).test])
+        together([data.test, load(root, "ViT", {"size": {"height": 20, "width": 44}}).test])
 
 
 def test_large_sets_stay_on_disk(root, monkeypatch):
-    """On a device with its own memory, few images are copied to it as a whole."""
+    """On a device with its own memory, few images are copied to it as a whole; features are taken as they are."""
     data = load(root).train
     assert isinstance(data.to(torch.device("cpu")).inputs, StoredImages)
     assert data.to(torch.device("meta")).inputs.device.type == "meta"
     monkeypatch.setattr(tensors, "FEW", data.inputs.nbytes - 1)
     moved = data.to(torch.device("meta"))
     assert isinstance(moved.inputs, StoredImages) and moved.batch(torch.arange(2)).device.type == "meta"
-
-
-def test_features_are_taken_as_they_are():
-    """And stay what they are on another device."""
-    data = ImageSet(torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0]))
-    assert data.batch(torch.tensor([2, 0])).tolist() == [[4, 5], [0, 1]] and data.to(torch.device("meta")).inputs.is_meta
-
-
-def test_the_file_is_a_safetensors_file(copied):
-    """With every image, label and checksum by the name of its split."""
-    root, path = copied
-    data, found = load(root), load_file(path)
-    assert set(found) == {f"{name}.{kind}" for name in SPLITS for kind in ("images", "labels", "checksums")}
-    stored = [found[f"{name}.{kind}"] for name in SPLITS for kind in ("images", "labels")]
-    assert all(map(torch.equal, everything(data), stored))
+    features = ImageSet(torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0]))
+    assert features.batch(torch.tensor([2, 0])).tolist() == [[4, 5], [0, 1]]
 
 
 def test_a_damaged_image_is_told_when_it_is_read(copied):
@@ -196,7 +164,7 @@ def test_a_file_with_another_header_or_tail_is_made_anew(copied):
     header = 8 + int.from_bytes(content[:8], "little")
     tail = len(content) - 12 * 20
     changed = [content[:place] + bytes([content[place] ^ 16]) + content[place + 1:]
-               for place in [*range(9), *range(9, header, 7), *range(tail, len(content), 11)]]
+               for place in [*range(0, 9, 4), *range(9, header, 60), *range(tail, len(content), 60)]]
     for damaged in (b"", content[:5], content[:header], content[:tail], content[:-1], content + b"\0", b"[" * len(content),
                     content[:header] + content[header + 3072:], *changed):
         path.write_bytes(damaged)

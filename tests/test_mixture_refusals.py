@@ -1,0 +1,124 @@
+"""Tests of what no mixture reproduces: adapters and bases that are refused by name, and left as they were."""
+
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from mixture_models import CASES, assert_unchanged, beit, experts, joint, save_adapter, save_experts, shared, snapshot
+from peft import IA3Config
+from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ContextGatedMOE import ContextGatedMOE, Expert, MixtureError, read_expert
+
+BEIT, BERT, PLAIN = CASES["beit"], CASES["bert"], CASES["plain"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> dict[str, Path]:
+    return save_experts(BEIT, tmp_path_factory.mktemp("adapters"))
+
+
+def assert_refused(base: nn.Module, folder: Path, message: str = "'culprit'") -> None:
+    """The adapter is refused by the expert's name, in one line, and the base left exactly as it was."""
+    before = snapshot(base)
+    with pytest.raises(MixtureError, match=message) as refusal:
+        ContextGatedMOE.from_adapters(base, {"culprit": folder})
+    assert "\n" not in str(refusal.value)
+    assert_unchanged(base, before)
+
+
+def test_an_adapter_that_no_mixture_reproduces_is_refused(tmp_path):
+    layers = {"r": 2, "target_modules": ["q_proj", "fc1"]}
+    texts = {"r": 2, "target_modules": ["query"]}
+    for number, (case, options) in enumerate((
+        (BEIT, layers | dict(use_dora=True)),
+        (BEIT, layers | dict(bias="all")),
+        (BEIT, layers | dict(bias="lora_only")),
+        (BEIT, layers | dict(lora_bias=True)),
+        (BEIT, layers | dict(init_lora_weights="pissa")),
+        (BEIT, layers | dict(init_lora_weights="olora")),
+        (BEIT, layers | dict(target_modules=["projection"])),
+        (BEIT, layers | dict(modules_to_save=["layernorm"])),
+        (BEIT, layers | dict(modules_to_save=["mlp"])),
+        (BEIT, layers | dict(target_parameters=["fc1.weight"], target_modules=["q_proj"])),
+        (BEIT, layers | dict(kasa_config=KasaConfig())),
+        (BEIT, layers | dict(monteclora_config=MontecloraConfig())),
+        (BEIT, layers | dict(alora_invocation_tokens=[1])),
+        (BEIT, layers | dict(use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["fc1"], nblocks=2))),
+        (BEIT, dict(config=IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]))),
+        (BERT, texts | dict(target_modules=["word_embeddings", "query"])),
+        (BERT, texts | dict(trainable_token_indices={"word_embeddings": [1, 2]})),
+    )):
+        assert_refused(case.build(), save_adapter(case.build(), tmp_path / f"{number}", **options))
+
+
+def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(adapters, tmp_path):
+    for options in (dict(hidden_size=8), dict(num_hidden_layers=1), dict(num_hidden_layers=3)):
+        wanted = dict(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+        assert_refused(BEIT.build(), save_adapter(beit(**options), tmp_path / "other", **wanted))
+    assert_refused(BEIT.build(), save_adapter(BERT.build(), tmp_path / "text", r=2, target_modules=["query"]))
+    assert_refused(BEIT.build(), tmp_path / "nowhere")
+    folder = tmp_path / "damaged"
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for content in ("", "[]", "null", "{}", '{"peft_type": "NOPE"}', '{"peft_type": "LORA", "r": "x"}'):
+        shutil.copytree(adapters["scaled"], folder, dirs_exist_ok=True)
+        config.write_text(content)
+        assert_refused(BEIT.build(), folder)
+    for keep in (None, 0, 5, -1):
+        shutil.copytree(adapters["scaled"], folder, dirs_exist_ok=True)
+        weights.unlink() if keep is None else weights.write_bytes(weights.read_bytes()[:keep])
+        assert_refused(BEIT.build(), folder)
+    save_file({key: torch.ones(3, 3) for key in load_file(adapters["scaled"] / weights.name)}, weights)
+    assert_refused(BEIT.build(), folder)
+    base = BEIT.build()
+    before = snapshot(base)
+    with pytest.raises(MixtureError, match="'culprit'"):  # among good ones
+        ContextGatedMOE.from_adapters(base, {**adapters, "culprit": tmp_path})
+    assert_unchanged(base, before)
+
+
+def test_base_layers_that_cannot_be_mixed_are_refused(adapters):
+    module = types.ModuleType("bitsandbytes.nn")
+    exec("from torch import nn\nclass Linear4bit(nn.Linear):\n    pass", module.__dict__)
+    module.Linear4bit.__module__ = "bitsandbytes.nn"
+    packed, eight = BEIT.build(), BEIT.build()
+    packed.beit.layers[0].mlp.fc1.__class__ = module.Linear4bit
+    assert_refused(packed, adapters["scaled"], "'beit.layers.0.mlp.fc1' is a Linear4bit with weights in 4 or 8 bits; load the")
+    assert "bitsandbytes" not in sys.modules
+    eight.beit.layers[0].mlp.fc1.weight = nn.Parameter(torch.zeros(24, 16, dtype=torch.int8), requires_grad=False)
+    assert_refused(eight, adapters["scaled"], "with weights in 4 or 8 bits")
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(MixtureError, match="reads without calling it"):
+        ContextGatedMOE(base, [Expert("a", {"attention.out_proj": (torch.randn(2, 8), torch.randn(8, 2))})])
+    with pytest.raises(MixtureError, match="no data in memory"):
+        ContextGatedMOE(BEIT.build().to("meta"), experts(BEIT))
+
+
+def test_requests_without_sense_are_refused(adapters):
+    for options, message in ((dict(gate_hidden=0), "gate_hidden"), (dict(top_k=0), "top_k")):
+        base = PLAIN.build()
+        before = snapshot(base)
+        with pytest.raises(MixtureError, match=message):
+            ContextGatedMOE(base, experts(PLAIN), **options)
+        assert_unchanged(base, before)
+    with pytest.raises(MixtureError, match="two experts have one name"):
+        ContextGatedMOE(PLAIN.build(), experts(PLAIN, ["twin", "twin"]))
+    with pytest.raises(MixtureError, match="part of a mixture already"):
+        ContextGatedMOE.from_adapters(joint(BEIT).base_model, adapters)
+
+
+def test_reading_an_expert_leaves_the_base_alone(adapters):
+    base, mixed = BEIT.build().train(), shared(BEIT)
+    next(base.parameters()).requires_grad_(False)
+    before, attributes, mixed_before = snapshot(base), set(vars(base)), snapshot(mixed)
+    for name in ("attention", "on_head", "scaled"):
+        read_expert(base, name, adapters[name])
+        read_expert(mixed.base_model, name, adapters[name])  # the base of a mixture
+    assert_unchanged(base, before)
+    assert_unchanged(mixed, mixed_before)
+    assert set(vars(base)) == attributes and all(module.training for module in base.modules())
