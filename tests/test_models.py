@@ -12,7 +12,7 @@ from families import FAMILIES, save_family
 from hub import folder_repo
 from peft import PeftModel
 from PIL import Image
-from pipeline import Workspace, save_tiny_backbone, tiny_beit
+from pipeline import METHODS, Workspace, save_tiny_backbone, tiny_beit
 from safetensors.torch import load_file, save_file
 from trainings import settings
 
@@ -185,13 +185,19 @@ def test_a_backbone_of_any_family_is_that_of_transformers(tmp_path, name):
     assert blocks == {key for key in linears if re.search(r"\.(layers?|blocks)\.\d+\.(?!downsample|blocks)", key)}
 
 
-def test_a_backbone_of_another_family_goes_through_the_scripts(workspace, tmp_path):
-    """Base model, fine-tuning and LoRA, which are opened by the libraries alone."""
-    save_family("swin", tmp_path / "model")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_backbone_of_any_family_goes_through_the_scripts(workspace, tmp_path, name):
+    """All scripts run on the prepared images, and what they trained is opened by the libraries alone."""
+    save_family(name, tmp_path / "model")
     place = Workspace(tmp_path / "root", str(tmp_path / "model"))
     workspace.copy(place.root, "fire_dataset", "game_dataset", "tasks.json")
-    for script in ("Generate_Base_Model", "Finetune", "Lora_Finetune"):
-        place.run(script, "--epochs", "1", *(["--layer_decay", "0.5"] if script == "Finetune" else []))
+    for script, flags in (
+        ("Generate_Base_Model", ["--epochs", "1"]), ("Benchmark", []),
+        ("Finetune", ["--epochs", "1", "--layer_decay", "0.5"]), ("Lora_Finetune", ["--epochs", "1"]),
+        ("CGM_Lora", ["--epochs", "0"]),
+    ):
+        place.run(script, *flags)
+    assert set(place.summary()["method"]) == {*METHODS}
     data = place.tasks()[0].test
     with torch.no_grad():
         for method, folder in (("Finetune", "Finetune/Models/fire_finetune"),
