@@ -69,7 +69,8 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
     run = _Run(model, train.to(device), validation.to(device), objective, state)
     if checkpoint is not None and checkpoint.progress is not None:
         state.resume(checkpoint)
-        print(f"{name}: trained already" if state.done and state.rows else f"going on: {state}", flush=True)
+        if state.rows or not state.done:  # with no epochs to train there may be nothing yet to go on with
+            print(f"{name}: trained already" if state.done else f"going on: {state}", flush=True)
     try:
         with stopping(checkpoint is not None) as stop_if_asked:
             if start_counts and not state.rows:
