@@ -29,7 +29,7 @@ def other_backbone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, backbone):
     """Where all six scripts have run once. Tests look at it and leave it as it is."""
-    made = Workspace(tmp_path_factory.mktemp("workspace"), backbone)
+    made = Workspace(tmp_path_factory.mktemp("workspace"), backbone, pictures=True)
     for script in SCRIPTS:
         made.run(script)
     return made
