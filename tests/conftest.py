@@ -1,6 +1,8 @@
 """Fixtures of the whole test set: tiny backbones on disk, and one workspace in which all six scripts have run."""
 
 import os
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 
@@ -9,9 +11,11 @@ from common.cli.run import set_up_libraries
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than one only wait for each other on models this small
 set_up_libraries()
 
+from image_sources import write_folders  # noqa: E402
 from pipeline import Workspace, save_tiny_backbone  # noqa: E402
 
 from common.cli.flags import SCRIPTS  # noqa: E402
+from common.comparison.score import Comparison  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +37,23 @@ def workspace(tmp_path_factory, backbone):
     for script in SCRIPTS:
         made.run(script)
     return made
+
+
+@pytest.fixture(scope="session")
+def three(workspace, tmp_path_factory):
+    """A copy of the workspace to which a third task was added, with the comparison by two seeds, which failed at its end and was
+    run again; and what that printed. Tests look at it and leave it as it is."""
+    made = workspace.copy(tmp_path_factory.mktemp("three") / "root")
+    made.run("Data_Preparation", "--task", f"third={write_folders(made.root.parent / 'third', list('abcd'), 10)}")
+    for script in list(SCRIPTS)[1:-1]:
+        made.run(script)
+    with pytest.MonkeyPatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(Comparison, "table", lambda *_: 1 / 0)
+        made.run("CGM_Lora", "--compare", "--seeds", "2")
+    made.pictures = True
+    with redirect_stdout(StringIO()) as printed:
+        made.run("CGM_Lora", "--compare", "--seeds", "2")
+    return made, printed.getvalue()
 
 
 @pytest.fixture(scope="session")
