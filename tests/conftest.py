@@ -15,6 +15,7 @@ from image_sources import write_folders  # noqa: E402
 from pipeline import Workspace, save_tiny_backbone  # noqa: E402
 
 from common.cli.flags import SCRIPTS  # noqa: E402
+from common.comparison.contest import Contest  # noqa: E402
 from common.comparison.score import Comparison  # noqa: E402
 
 
@@ -41,14 +42,16 @@ def workspace(tmp_path_factory, backbone):
 
 @pytest.fixture(scope="session")
 def three(workspace, tmp_path_factory):
-    """A copy of the workspace to which a third task was added, with the comparison by two seeds, which failed at its end and was
-    run again; and what that printed. Tests look at it and leave it as it is."""
+    """A copy of the workspace with a third task and the comparison by two seeds, which failed at its end and was run again; and
+    what that printed. Tests look at it and leave it as it is."""
     made = workspace.copy(tmp_path_factory.mktemp("three") / "root")
     made.run("Data_Preparation", "--task", f"third={write_folders(made.root.parent / 'third', list('abcd'), 10)}")
     for script in list(SCRIPTS)[1:-1]:
         made.run(script)
     with pytest.MonkeyPatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(Comparison, "table", lambda *_: 1 / 0)
+        for untrained in ("_routers", "_merges"):
+            broken.setattr(Contest, untrained, lambda *_: None)
         made.run("CGM_Lora", "--compare", "--seeds", "2")
     made.pictures = True
     with redirect_stdout(StringIO()) as printed:
