@@ -64,7 +64,7 @@ KILLED = {  # script -> where it is killed, one time after the other
 
 
 def test_scripts_that_are_killed_again_and_again_end_as_if_they_had_not_been(warm_process, workspace, tmp_path):
-    """In another process, locale and folder, with another seed of the hashes of strings: the same commands give the same files."""
+    """In another process, locale and folder, with another seed of hash(): the same commands give the same files."""
     for script, places in KILLED.items():
         place = Workspace(tmp_path / "wieder & wieder, дважды" / script, workspace.model)
         if NEEDED[script]:
