@@ -51,7 +51,7 @@ def save_tiny_backbone(folder: Path, seed: int) -> str:
 
 @dataclass
 class Workspace:
-    """A root folder and the backbone its scripts run with. Drawing takes most of their time: without `pictures`, each is empty."""
+    """A root folder and the backbone its scripts run with. Drawing takes long: without `pictures`, all are empty."""
 
     root: Path
     model: str
@@ -72,7 +72,7 @@ class Workspace:
 
     def run(self, script: str, *more: str) -> None:
         """Run a script in this process."""
-        with mock.patch.object(Figure, "savefig", Figure.savefig if self.pictures else _write_nothing):
+        with mock.patch.object(Figure, "savefig", Figure.savefig if self.pictures else write_nothing):
             importlib.import_module(script).main(self.config(script, *more))
 
     def tasks(self) -> list[TaskData]:
@@ -98,7 +98,7 @@ class Workspace:
         return Workspace(root, self.model)
 
 
-def _write_nothing(figure: Figure, path: Path, **options: object) -> None:
+def write_nothing(figure: Figure, path: Path, **options: object) -> None:
     """Save an empty picture in place of a figure."""
     Image.new("L", (1, 1)).save(path, format="png")
 
