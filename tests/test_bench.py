@@ -1,9 +1,6 @@
 """Tests of the benchmarks: each runs, and measures what it says; none looks at a time."""
 
-import json
 import subprocess
-import sys
-import threading
 from types import SimpleNamespace
 
 import pandas as pd
@@ -17,7 +14,6 @@ from ContextGatedMOE import Expert
 from tests.bench import data, preparation
 from tests.bench.__main__ import BENCHMARKS, WHOLE, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
-from tests.bench.phases import PHASES, phase_of, profile
 from tests.bench.setups import experts, mixture, twin
 from tests.bench.xlora import XLora
 
@@ -100,33 +96,6 @@ def test_the_xlora_loop_over_equal_experts_is_that_one_adapter():
         assert not torch.allclose(base(images).logits, expected, atol=1e-3)
     loop(images).logits.sum().backward()  # and only its weighing learns
     assert {name for name, parameter in loop.named_parameters() if parameter.grad is not None} == {"weigh.weight", "weigh.bias"}
-
-
-def frame_in(file, function, below):
-    """Run `below` in a function of this name, in a file of this name."""
-    space = {"below": below}
-    exec(compile(f"def {function}():\n    return below()", file, "exec"), space)
-    return space[function]
-
-
-def test_a_moment_belongs_to_its_innermost_known_call():
-    here = lambda: phase_of(sys._getframe())  # noqa: E731
-    evaluating = frame_in("/x/common/training/evaluate.py", "evaluate", here)
-    assert evaluating() == "evaluation"
-    assert frame_in("/x/common/training/loop.py", "fit", evaluating)() == "evaluation"
-    assert frame_in("/x/common/training/loop.py", "fit", here)() == "training"
-    assert frame_in("/x/elsewhere.py", "fit", here)() == "other"
-
-
-def test_a_profiled_script_runs_as_from_a_terminal(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    script, written = tmp_path / "script.py", tmp_path / "profile.json"
-    script.write_text("import sys, time\nif __name__ == '__main__':\n    time.sleep(0.1)\n    open(sys.argv[1], 'w').close()\n")
-    profile(str(script), [str(tmp_path / "made")], written)
-    spent = json.loads(written.read_text())
-    assert (tmp_path / "made").exists() and set(spent) <= set(PHASES) and spent["other"] > 0
-    assert threading.active_count() == 1 or all(thread.name != "look" for thread in threading.enumerate())
 
 
 def test_large_data_are_measured_in_processes_of_their_own(tmp_path, monkeypatch, warm_process):

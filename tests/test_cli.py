@@ -173,14 +173,6 @@ def test_output_is_written_before_a_process_of_several_ends(ended):
         assert ended("print('done')", **environment) == (0, "done\n", "")
 
 
-def test_a_script_without_stdout_goes_on(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(SystemExit) as end:
-        run(lambda config: print("nowhere"), RunFlags)
-    assert end.value.code == 0
-
-
 def test_root_must_be_a_folder(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")

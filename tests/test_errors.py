@@ -55,23 +55,6 @@ def test_a_bad_flag_is_refused_in_one_line_with_its_value_before_anything_is_don
 # ---- results made from something else ----
 
 
-def test_a_backbone_that_was_exchanged_is_found_out_at_every_step(refuse, workspace, other_backbone, tmp_path):
-    """Its name is still the same. Each step names the one before it, until all are made anew."""
-    shutil.copytree(workspace.model, tmp_path / "backbone")
-    place = Workspace(tmp_path / "root", str(tmp_path / "backbone"))
-    workspace.copy(place.root, "fire_dataset", "game_dataset")
-    place.run("Generate_Base_Model")
-    place.run("Lora_Finetune")
-    shutil.copytree(other_backbone, tmp_path / "backbone", dirs_exist_ok=True)
-    line = refuse(place, "CGM_Lora")
-    assert "fire_lora_finetune" in line and "other backbone weights" in line and "python Lora_Finetune.py" in line
-    assert "backbone = " in refuse(place, "Lora_Finetune")
-    shutil.rmtree(place.results / "Lora_Finetune")
-    line = refuse(place, "Lora_Finetune")
-    assert "fire_base" in line and "other backbone weights" in line and "python Generate_Base_Model.py" in line
-    assert "--overwrite" in line
-
-
 def test_base_models_that_were_exchanged_are_found_out_at_every_step(refuse, mutable):
     place = mutable
     shutil.rmtree(place.results / "CGM_Lora")

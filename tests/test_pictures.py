@@ -50,14 +50,6 @@ def test_names_in_pictures_are_text_and_short(tmp_path, monkeypatch, capsys):
     assert all((tmp_path / f"{name}.png").exists() for name in "mcrk") and "cannot" not in capsys.readouterr().err
 
 
-def test_curves_show_the_start_as_an_epoch_and_leave_out_what_is_not_there(tmp_path, monkeypatch):
-    history = pd.DataFrame({"epoch": [0, 1], "training_loss": [np.nan, 1.0], "validation_loss": [1.0, 2.0], "chosen": [1, 0]})
-    both = texts_of(monkeypatch, plotting.curves, tmp_path / "a.png", history, "loss", "t")[1]
-    assert {"training", "validation", "chosen: epoch 0, the start"} <= set(both)
-    start = texts_of(monkeypatch, plotting.curves, tmp_path / "a.png", history[:1], "loss", "t")[1]
-    assert "training" not in start and {"validation", "0"} <= set(start)
-
-
 def test_a_model_that_was_not_trained_has_no_curves_of_one_that_was(tmp_path, workspace):
     data, history = task_of("fire", ["high", "low"]), pd.DataFrame({"epoch": [1], "chosen": [1]})
     for name in ("training_loss", "validation_loss", "training_accuracy", "validation_accuracy"):

@@ -25,6 +25,7 @@ from common.results.metrics import (
 )
 from common.results.reuse import completed, difference
 
+
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """No figure is drawn."""
@@ -189,18 +190,3 @@ def test_a_task_that_is_added_is_made_alone(workspace, tasks, tmp_path, capsys):
         run(tasks, "--seed", "1")
     assert run(tasks, "--overwrite") == ["fire", "game"]
     assert run(tasks[:1], "--overwrite") == ["fire"] and run(tasks[1:]) == ["game"] and run(tasks) == []
-
-
-def test_one_model_of_all_tasks_is_made_anew_for_a_task_that_is_added(workspace, tasks, tmp_path):
-    def finished(these):
-        with Results(workspace.config("CGM_Lora", "--root", str(tmp_path)), "CGM_Lora", "CGM_Lora") as results:
-            there = results.finished(these, experts={data.task.key: data.task.key for data in these})
-            if not there:
-                said = [joint_predictions(these, data) for data in these]
-                results.finish(results.write_joint_test(these, said, "CGM_Lora", "t"))
-        return there
-
-    workspace.copy(tmp_path, "fire_dataset", "game_dataset")
-    assert [finished(these) for these in (tasks[:1], tasks[:1], tasks, tasks)] == [False, True, False, True]
-    with pytest.raises(UserError, match="data.game = .*, not None"):
-        finished(tasks[:1])

@@ -14,15 +14,6 @@ from tests.bench.routing import FACTS, member
 from tests.bench.routing_tasks import RECIPES, make
 
 
-def test_tasks_differ_in_classes_and_sizes_and_some_share_labels():
-    classes = [len(recipe.classes) for recipe in RECIPES.values()]
-    sizes = [len(recipe.classes) * recipe.per_class for recipe in RECIPES.values()]
-    assert len(RECIPES) >= 8 and len(set(classes)) >= 5 and (min(classes), max(classes)) == (2, 10)
-    assert (min(sizes), max(sizes)) == (150, 1000) and len(set(sizes)) >= 6
-    assert RECIPES["scans"].classes == RECIPES["printed"].classes
-    assert set("".join(RECIPES["capitals"].classes).lower()) < set(RECIPES["small_letters"].classes)
-
-
 def test_images_are_different_pictures_of_every_class_the_same_for_a_seed():
     for name in RECIPES:
         task = make(name, 1, 2)

@@ -12,11 +12,10 @@ from peft import PeftModel
 from PIL import Image
 from pipeline import METHODS, PREDICTIONS, Workspace, files_in, hashes
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, BeitForImageClassification, BeitImageProcessorPil
+from transformers import AutoModelForImageClassification, BeitForImageClassification
 
 from common import models
 from common.cli.flags import SCRIPTS
-from common.comparison import mixture
 from common.errors import UserError
 from common.files import read_json
 from common.provenance import versions
@@ -206,15 +205,6 @@ def test_a_saved_model_gives_the_written_probabilities_whatever_the_other_images
             assert model.config.label2id == {name: label for label, name in enumerate(data.classes)}
 
 
-def test_a_saved_image_processor_gives_what_the_model_was_trained_on(workspace, tasks):
-    """Images from the dataset, through the processor beside the model, are the project's own tensors."""
-    for data in tasks:
-        test = load_from_disk(str(workspace.root / f"{data.task.key}_dataset"))["test"]
-        saved = workspace.results / "Finetune/Models" / f"{data.task.key}_finetune"
-        pixels = BeitImageProcessorPil.from_pretrained(saved)(list(test["image"]), return_tensors="pt").pixel_values
-        assert torch.allclose(pixels, data.test.batch(torch.arange(len(test))), atol=1e-6)
-
-
 def test_a_base_model_has_the_pretrained_backbone_bit_for_bit(workspace):
     pretrained = BeitForImageClassification.from_pretrained(workspace.model).beit.state_dict()
     for key in TITLES:
@@ -243,26 +233,6 @@ def test_the_mixture_holds_gates_and_the_experts_as_they_were_trained_and_nothin
              for name in ("score.weight", "score.bias", "coefficient", "axes", "origin", "centres")}
     head = {f"classifier.{name}" for name in ("expert_weight", "expert_bias", "router_scale", "expert_scale", "class_share")}
     assert set(stacked) == gates | head | {f"{linear}.lora_{matrix}" for linear in LINEARS for matrix in "AB"}
-
-
-def test_the_gates_are_those_of_the_training_images_or_were_trained_from_there(workspace, tasks):
-    """Another fit to the same images has the same statistics and, where the start was chosen, the same gates and numbers."""
-    config = workspace.config("CGM_Lora")
-    fresh, saved = mixture.build(config, tasks), open_trained(workspace, "CGM_Lora", "fire")
-    untouched = {name: value.clone() for name, value in fresh.state_dict().items()}
-    mixture.fit_start(fresh, config, tasks)
-    for expert, by_layer in fresh.statistics.items():
-        for layer, sums in by_layer.items():
-            for name, value in vars(sums).items():
-                assert torch.allclose(vars(saved.statistics[expert][layer])[name], value, rtol=1e-5)
-    history = pd.read_csv(workspace.results / "CGM_Lora/CGM_Lora_History.csv")
-    started = history.loc[history["chosen"] == 1, "epoch"].item() == 0
-    learned = [name for name in untouched if name.endswith(LEARNED)]
-    assert len(learned) == 2 * 3 + 3
-    for name in learned:
-        now, start = saved.state_dict()[name], fresh.state_dict()[name]
-        assert not torch.equal(now, untouched[name]), name
-        assert torch.allclose(now, start, atol=1e-5) == started, name
 
 
 # ---- running a finished script again ----

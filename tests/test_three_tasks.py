@@ -48,8 +48,6 @@ def test_predictions_of_every_task_are_among_the_classes_of_all(added):
         table = added.predictions("CGM_Lora", title)
         assert list(table) == ["Image", "Predicted Class", "Actual Class", "Predicted Task", *probabilities,
                                *(f"Gate {key}" for key in KEYS), "Familiarity"]
-        assert np.allclose(table.filter(like="Gate ").sum(axis=1), 1, atol=5e-6)
-        assert np.allclose(table[probabilities].sum(axis=1), 1, atol=5e-5)
         best = table[probabilities].to_numpy().argmax(1)
         assert list(zip(table["Predicted Task"], table["Predicted Class"], strict=True)) == [labels[index] for index in best]
     table = pd.read_csv(added.results / "CGM_Lora" / "CGM_Lora_Routing.csv")
