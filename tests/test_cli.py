@@ -10,7 +10,6 @@ from pipeline import REPOSITORY
 
 from common.cli.flags import SCRIPTS, RunAllConfig, RunFlags
 from common.cli.parser import command, parse
-from common.cli.run import run
 from common.errors import UserError
 
 # A script of which every process does what it is told by its own flag.
