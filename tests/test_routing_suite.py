@@ -22,13 +22,14 @@ def test_images_are_different_pictures_of_every_class_the_same_for_a_seed():
         assert task.images.shape == (2 * len(classes), 3, 64, 64) and task.images.dtype == np.uint8
         assert len(np.unique(task.images.reshape(len(task.images), -1), axis=0)) == len(task.images), name
         assert (task.images.std(axis=(1, 2, 3)) > 2).all(), f"{name} has a picture of nothing"
-        assert np.array_equal(make(name, 1, 2).images, task.images), name
-        assert not np.array_equal(make(name, 2, 2).images, task.images), name
+    for name in list(RECIPES)[:3]:
+        assert np.array_equal(make(name, 1, 2).images, make(name, 1, 2).images), name
+        assert not np.array_equal(make(name, 2, 2).images, make(name, 1, 2).images), name
 
 
 def test_an_expert_is_a_peft_adapter_of_its_accuracy_and_kept_while_it_fits_its_images(tmp_path, monkeypatch):
     settings = Settings(torch.device("cpu"), 1, True, tmp_path)
-    images, others = make("weaves", 1, 40), make("weaves", 2, 40)  # enough for an accuracy that is that of no other model
+    images, others = make("weaves", 1, 40), make("weaves", 2, 8)  # enough for an accuracy that is that of no other model
     monkeypatch.setattr("tests.bench.routing.make", lambda *_: images)
     first = member("weaves", settings, 1, tmp_path)
     model = PeftModel.from_pretrained(models.load_backbone(str(DEMO_BACKBONE), first.classes, 0), first.adapter).eval()
