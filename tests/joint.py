@@ -1,9 +1,21 @@
-"""Made-up predictions of a mixture, for the tests of what is written of it."""
+"""Made-up tasks and predictions of a mixture, for the tests of what is written of them."""
+
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from common.data.tensors import TaskData
 from common.results.metrics import JointPredictions
+
+ODD_NAMES = ["$$ premium", "paddle_and_ball", "\\frac{1}{2} & <b>", "two\nlines of a name that goes on and on", "森 é", "_"]
+
+
+def task_of(key, classes, images=40):
+    """A task with test labels only."""
+    labels = torch.arange(images) % len(classes)
+    return SimpleNamespace(task=SimpleNamespace(key=key, title=key.title(), name=key), classes=classes,
+                           test=SimpleNamespace(labels=labels), near_duplicates_in_test=0)
 
 
 def joint_predictions(tasks: list[TaskData], data: TaskData, refused: float = 0.0, seed: int = 0) -> JointPredictions:

@@ -5,9 +5,12 @@ import importlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from transformers import BeitConfig, BeitForImageClassification, BeitImageProcessorPil
 
 from common import models
@@ -48,10 +51,11 @@ def save_tiny_backbone(folder: Path, seed: int) -> str:
 
 @dataclass
 class Workspace:
-    """A root folder and the backbone its scripts run with."""
+    """A root folder and the backbone its scripts run with. Drawing takes long: without `pictures`, all are empty."""
 
     root: Path
     model: str
+    pictures: bool = False
 
     @property
     def results(self) -> Path:
@@ -68,7 +72,8 @@ class Workspace:
 
     def run(self, script: str, *more: str) -> None:
         """Run a script in this process."""
-        importlib.import_module(script).main(self.config(script, *more))
+        with mock.patch.object(Figure, "savefig", Figure.savefig if self.pictures else write_nothing):
+            importlib.import_module(script).main(self.config(script, *more))
 
     def tasks(self) -> list[TaskData]:
         """The prepared data of every task."""
@@ -84,13 +89,18 @@ class Workspace:
         return pd.read_csv(self.results / "summary.csv")
 
     def copy(self, root: Path, *parts: str) -> "Workspace":
-        """The same workspace, or these parts of it, elsewhere."""
+        """The same workspace, or these parts of it, elsewhere; what is run there draws nothing."""
         for part in parts or [path.name for path in self.root.iterdir()]:
             if (self.root / part).is_dir():
                 shutil.copytree(self.root / part, root / part, symlinks=True)
             else:
                 shutil.copy(self.root / part, root / part)
         return Workspace(root, self.model)
+
+
+def write_nothing(figure: Figure, path: Path, **options: object) -> None:
+    """Save an empty picture in place of a figure."""
+    Image.new("L", (1, 1)).save(path, format="png")
 
 
 def files_in(folder: Path) -> set[str]:

@@ -1,46 +1,13 @@
-"""Tests of what goes wrong: one line that names the thing and the way out, status 2, and earlier results untouched."""
+"""Tests of flags that make no sense, results made from something else, and what goes wrong on the way: one line, status 2."""
 
-import importlib
-import json
 import os
-import resource
 import shutil
-import sys
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 from pipeline import REPOSITORY, Workspace, files_in, hashes
+from refusals import AFTER_DATA, RESULTS_OF, complaint, files_of_at_most
 
-from common import models
-from common.cli.flags import SCRIPTS, RunAllConfig
-from common.cli.run import run
-from common.files import read_json
-from common.provenance import versions
 from common.run_all import main as run_all
-from common.training.checkpoint import Checkpoint
-
-pytest_plugins = ["warm_process"]
-
-AFTER_DATA = list(SCRIPTS)[1:]
-RESULTS_OF = {script: "Base_Models" if script == "Generate_Base_Model" else script for script in SCRIPTS}
-BASE, EXPERT = "Results/Base_Models/fire_base", "Results/Lora_Finetune/Models/game_lora_finetune"
-CHECKPOINT = "Results/Finetune/Checkpoints/fire_finetune.safetensors"
-
-
-def complaint(monkeypatch, capsys, script, flags, main=None):
-    """Run a script by its command line, as `python SCRIPT.py` does; return the one line it ends with."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-    with pytest.raises(SystemExit) as end:
-        run(main or importlib.import_module(script).main, SCRIPTS.get(script, RunAllConfig))
-    return one_line(script, end.value.code, capsys.readouterr().err)
-
-
-def one_line(script, status, said):
-    """What a script said on stderr, if it is as it should be."""
-    assert status == 2 and said.count("\n") == 1 and said.startswith(f"{script}.py: ")
-    return said
 
 
 @pytest.fixture
@@ -54,235 +21,6 @@ def refuse(monkeypatch, capsys):
         return line
 
     return refused
-
-
-@pytest.fixture
-def unfinished(mutable):
-    """A copy of the workspace without the results of a script, which it therefore makes anew."""
-
-    def prepared(script: str) -> Workspace:
-        shutil.rmtree(mutable.results / RESULTS_OF[script])
-        return mutable
-
-    return prepared
-
-
-@pytest.fixture(scope="session")
-def other_images(tmp_path_factory, backbone):
-    """A workspace with other images of the same tasks, and no results."""
-    made = Workspace(tmp_path_factory.mktemp("other_images"), backbone)
-    made.run("Data_Preparation", "--seed", "8")
-    made.tasks()  # so that the resized images are there too
-    return made
-
-
-@pytest.fixture(scope="session")
-def interrupted(tmp_path_factory, workspace):
-    """The workspace with a fine-tuning that was cut short after its first epoch."""
-    place = workspace.copy(tmp_path_factory.mktemp("interrupted") / "root", "fire_dataset", "game_dataset")
-    save = Checkpoint.save
-
-    def save_and_end(self, *state):
-        save(self, *state)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoint, "save", save_and_end)
-        place.run("Finetune")
-    return place
-
-
-# ---- bad inputs ----
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A script, what the one line must say, its flags, and what is done to a copy of the finished workspace.
-
-    spoil: may get a fixture by its name. anew: the script's own results are not there yet; leaves: the line, and whole
-    earlier results, come in the middle of the work, which may leave what it had already done; size: of any file, in bytes,
-    that the disk takes; alone: it runs in a process of its own, for which there is no Hub.
-    """
-
-    script: str
-    says: tuple[str, ...]
-    flags: tuple[str, ...] = ()
-    spoil: Callable[[Workspace, Callable], None] | None = None
-    anew: bool = True
-    leaves: bool = False
-    size: int | None = None
-    alone: bool = False
-
-
-def cut(path):
-    """Keep the first half of a file."""
-    def spoil(place, _):
-        found = next(place.root.glob(path))
-        found.write_bytes(found.read_bytes()[: found.stat().st_size // 2])
-    return spoil
-
-
-def other_processor(place, _):
-    """The backbone elsewhere, with an image processor that normalises otherwise."""
-    shutil.copytree(place.model, place.root / "other_processor")
-    path = place.root / "other_processor" / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.4, 0.5, 0.6]}))
-
-
-def holds(path, content):
-    """Put something else into a file."""
-    return lambda place, _: (place.root / path).write_text(content)
-
-
-def gone(path):
-    """Delete a folder."""
-    return lambda place, _: shutil.rmtree(place.root / path)
-
-
-def exchange_images(place, fixture):
-    """Put other images in place of those that the results of a workspace were made from."""
-    for name in ("fire_dataset", "game_dataset"):
-        shutil.rmtree(place.root / name)
-    fixture("other_images").copy(place.root)
-
-
-def damage_images(place, _):
-    """Cut a file of the prepared images, of which there are no resized ones."""
-    for path in (place.root / "fire_dataset").glob("pixels_*"):
-        path.unlink()
-    cut("fire_dataset/test/*.arrow")(place, _)
-
-
-def drop_rows(script):
-    """Take a script's rows out of the summary."""
-    def spoil(place, _):
-        path = place.results / "summary.csv"
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if not line.startswith(RESULTS_OF[script])))
-    return spoil
-
-
-def interrupt(place, fixture):
-    """Put a fine-tuning there that was cut short."""
-    shutil.copytree(fixture("interrupted").results / "Finetune", place.results / "Finetune")
-
-
-def and_then(*steps):
-    """One thing after the other."""
-    return lambda place, fixture: [step(place, fixture) for step in steps]
-
-
-def nowhere(place, _):
-    """Let Results/ be where nobody can make a folder."""
-    shutil.rmtree(place.results)
-    place.results.symlink_to("/proc/self/fdinfo")
-
-
-PREPARE, MAKE_BASE, MAKE_EXPERTS = (f"python {script}.py --demo --root {{root}}" for script in (
-    "Data_Preparation", "Generate_Base_Model", "Lora_Finetune"))
-STEPS = (("Lora_Finetune", "Generate_Base_Model"), ("CGM_Lora", "Lora_Finetune"))  # a script and the one it starts from
-OTHER_PROCESSOR = {"flags": ("--model", "{root}/other_processor"), "spoil": other_processor, "leaves": True}
-OTHER_BACKBONE = ("--model", "{other_backbone}")
-BAD_INPUTS = {
-    "data": [
-        *(Bad(script, ("game_dataset", PREPARE), spoil=gone("game_dataset"), anew=False) for script in AFTER_DATA),
-        *(Bad(script, ("manifest.json", "Data_Preparation.py", "--overwrite"), anew=False,
-              spoil=holds("fire_dataset/manifest.json", content))
-          for script, content in zip(SCRIPTS, ("", "{", "[]", "\0", "{}", '{"classes": 4}'), strict=True)),
-        Bad("Data_Preparation", ("--fire_source {root}/a\\udcff", "rename"), ("--fire_source", "{root}/a\udcff")),
-        Bad("Data_Preparation", ("--fire_source", "class", "a\\udcff", "rename"), ("--fire_source", "{root}/new"),
-            and_then(lambda place, _: (place.root / "new" / "a\udcff").mkdir(parents=True), holds("new/a\udcff/0.png", ""))),
-        Bad("Benchmark", ("fire_dataset", "Data_Preparation.py", "--overwrite"), spoil=damage_images),
-        *(Bad(script, ("data.fire = ", "--overwrite"), spoil=exchange_images, anew=False) for script in AFTER_DATA),
-        Bad("Lora_Finetune", ("fire_base", "other images", MAKE_BASE, "--overwrite"), spoil=exchange_images),
-        Bad("CGM_Lora", ("fire_lora_finetune", "other images", MAKE_EXPERTS, "--overwrite"), spoil=exchange_images),
-    ],
-    "models": [
-        Bad("Lora_Finetune", ("fire_base", MAKE_BASE), spoil=gone(BASE)),
-        *(Bad("Lora_Finetune", ("fire_base", MAKE_BASE, "--overwrite"), spoil=cut(f"{BASE}/{name}"))
-          for name in ("config.json", "model.safetensors", "provenance.json")),
-        Bad("CGM_Lora", ("game_lora_finetune", MAKE_EXPERTS), spoil=gone(EXPERT)),
-        *(Bad("CGM_Lora", ("game_lora_finetune", MAKE_EXPERTS, "--overwrite"), spoil=cut(f"{EXPERT}/{name}"))
-          for name in ("adapter_config.json", "adapter_model.safetensors", "provenance.json")),
-        *(Bad(script, ("other backbone weights than {other_backbone}", f"{before}.py", "--overwrite", "--model {model}"),
-              OTHER_BACKBONE) for script, before in STEPS),
-        *(Bad(script, ("model = {model}, not {other_backbone}", "--overwrite"), OTHER_BACKBONE, anew=False)
-          for script in AFTER_DATA),
-        *(Bad(script, ("image processor", f"{before}.py", "--overwrite"), **OTHER_PROCESSOR) for script, before in STEPS),
-        Bad("Finetune", ("preprocessing = ", "--overwrite"), anew=False, **OTHER_PROCESSOR),
-    ],
-    "results": [
-        *(Bad(script, ("summary.csv has no column", "--overwrite"), spoil=holds("Results/summary.csv", "a,b\n"))
-          for script in AFTER_DATA),
-        *(Bad(script, (f"no rows of {RESULTS_OF[script]}", "--overwrite"), spoil=drop_rows(script), anew=False)
-          for script in ("Finetune", "CGM_Lora")),
-        *(Bad(script, (f"{RESULTS_OF[script]}/config.json", "--overwrite"),
-              spoil=cut(f"Results/{RESULTS_OF[script]}/config.json"), anew=False) for script in AFTER_DATA),
-        Bad("Benchmark", ("Benchmark_Data", "move it away"), leaves=True,
-            spoil=and_then(lambda place, _: (place.results / "Benchmark_Data").unlink(),
-                           lambda place, _: (place.results / "Benchmark_Data").mkdir(),
-                           holds("Results/Benchmark_Data/notes.txt", "mine"))),
-    ],
-    "checkpoints": [
-        Bad("Finetune", (CHECKPOINT, "delete it"), spoil=and_then(interrupt, cut(CHECKPOINT))),
-        Bad("Finetune", (CHECKPOINT, "delete it"), spoil=and_then(interrupt, holds(CHECKPOINT, ""))),
-        Bad("Finetune", (CHECKPOINT, "batch_size = 8, not 4", "--overwrite"), ("--batch_size", "4"), interrupt),
-        Bad("Finetune", (CHECKPOINT, "data.fire = ", "--overwrite"), spoil=and_then(interrupt, exchange_images)),
-        Bad("Finetune", (CHECKPOINT, "not {other_backbone}", "--overwrite"), OTHER_BACKBONE, interrupt),
-    ],
-    "disk": [
-        Bad("Data_Preparation", ("{root}/file", "--root"), ("--root", "{root}/file"), holds("file", "")),
-        Bad("Benchmark", ("Results", "cannot be written", "--root"), spoil=nowhere),
-        Bad("Finetune", (CHECKPOINT, "cannot be written", "make room"), leaves=True, size=50_000),
-        Bad("Finetune", (CHECKPOINT, "cannot be written"), leaves=True, size=500),
-        Bad("Benchmark", ("Benchmark_Fire_Risk.csv", "cannot be written"), leaves=True, size=500),
-        Bad("CGM_Lora", ("fire_game_cgm_lora", "cannot be written"), leaves=True, size=100_000),
-    ],
-    "network": [
-        Bad("Data_Preparation", ("blanchon/FireRisk", "--demo", "--fire_source"), ("--root", "{root}/new"), alone=True),
-        Bad("Benchmark", ("nobody/beit", "network", "--demo"), ("--model", "nobody/beit"), alone=True),
-    ],
-}
-
-
-@contextmanager
-def files_of_at_most(size):
-    """A disk that is full after `size` bytes of any one file; None for one that is not."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size or limits[0], limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize("kind", BAD_INPUTS)
-def test_a_bad_input_is_refused_in_one_line_and_harms_nothing(
-        monkeypatch, capsys, request, workspace, other_backbone, tmp_path, kind):
-    for number, bad in enumerate(BAD_INPUTS[kind]):
-        place = workspace.copy(tmp_path / f"root{number}")
-        own = RESULTS_OF[bad.script]
-        for made in [place.results / own] if bad.script in AFTER_DATA else place.root.glob("*_dataset"):
-            if bad.anew:
-                shutil.rmtree(made)
-        if bad.spoil:
-            bad.spoil(place, request.getfixturevalue)
-        names = {"root": place.root, "model": place.model, "other_backbone": other_backbone}
-        flags = place.flags(bad.script, *(flag.format(**names) for flag in bad.flags))
-        before = hashes(place.root)
-        if bad.alone:
-            flags.remove("--demo")
-            ended = request.getfixturevalue("warm_process").run(f"{bad.script}.py", *flags)
-            line = one_line(bad.script, ended.status, ended.errors)
-        else:
-            with files_of_at_most(bad.size):
-                line = complaint(monkeypatch, capsys, bad.script, flags)
-        assert [words for words in bad.says if words.format(**names) not in line] == [], (bad, line)
-        after = hashes(place.root)
-        kept = bad.leaves and before.items() <= after.items() and not any(".part" in name for name in after)
-        assert after == before or kept, bad
-        assert not bad.anew or not (place.results / own / "config.json").exists(), bad
-        shutil.rmtree(place.root)
 
 
 BAD_FLAGS = {
@@ -314,35 +52,12 @@ def test_a_bad_flag_is_refused_in_one_line_with_its_value_before_anything_is_don
     assert hashes(place.root) == before and not files_in(tmp_path / "new")
 
 
-def test_a_learning_rate_of_zero_learns_nothing(unfinished):
-    place = unfinished("Finetune")
-    place.run("Finetune", "--learning_rate", "0")
-    history = (place.results / "Finetune" / "Finetuned_Game_History.csv").read_text().splitlines()
-    assert history[1].split(",")[2] == history[2].split(",")[2]  # validation loss
-
-
 # ---- results made from something else ----
 
 
-def test_a_backbone_that_was_exchanged_is_found_out_at_every_step(refuse, workspace, other_backbone, tmp_path):
-    """Its name is still the same. Each step names the one before it, until all are made anew."""
-    shutil.copytree(workspace.model, tmp_path / "backbone")
-    place = Workspace(tmp_path / "root", str(tmp_path / "backbone"))
-    workspace.copy(place.root, "fire_dataset", "game_dataset")
-    place.run("Generate_Base_Model")
-    place.run("Lora_Finetune")
-    shutil.copytree(other_backbone, tmp_path / "backbone", dirs_exist_ok=True)
-    line = refuse(place, "CGM_Lora")
-    assert "fire_lora_finetune" in line and "other backbone weights" in line and "python Lora_Finetune.py" in line
-    assert "backbone = " in refuse(place, "Lora_Finetune")
-    shutil.rmtree(place.results / "Lora_Finetune")
-    line = refuse(place, "Lora_Finetune")
-    assert "fire_base" in line and "other backbone weights" in line and "python Generate_Base_Model.py" in line
-    assert "--overwrite" in line
-
-
-def test_base_models_that_were_exchanged_are_found_out_at_every_step(refuse, unfinished):
-    place = unfinished("CGM_Lora")
+def test_base_models_that_were_exchanged_are_found_out_at_every_step(refuse, mutable):
+    place = mutable
+    shutil.rmtree(place.results / "CGM_Lora")
     place.run("Generate_Base_Model", "--epochs", "1", "--overwrite")
     line = refuse(place, "CGM_Lora")
     assert "fire_lora_finetune" in line and "another base model" in line
@@ -352,61 +67,31 @@ def test_base_models_that_were_exchanged_are_found_out_at_every_step(refuse, unf
     place.run("CGM_Lora")
 
 
-@pytest.mark.parametrize("script, start", [("Lora_Finetune", "Results/Base_Models"), ("CGM_Lora", "Results/Lora_Finetune")])
-def test_finished_results_stay_so_without_what_they_were_made_from(mutable, capsys, script, start):
-    shutil.rmtree(mutable.root / start)
-    mutable.run(script)
-    assert f"{script} is finished already" in capsys.readouterr().out
-
-
-def test_results_of_other_package_versions_say_so(monkeypatch, workspace, capsys):
-    monkeypatch.setattr("common.results.folder.versions", lambda: {**versions(), "torch": "1.0"})
-    workspace.run("Finetune")
-    said = capsys.readouterr().out
-    assert f"made with packages.torch = {versions()['torch']}, not 1.0" in said and "Finetune is finished already" in said
-
-
-@pytest.mark.parametrize("script", AFTER_DATA)
-def test_config_json_tells_all_that_results_were_made_from(workspace, script):
-    config = read_json(workspace.results / RESULTS_OF[script] / "config.json", "")
-    assert config["packages"] == versions() and len(config["backbone"]) == 64 and set(config["data"]) == {"fire", "game"}
-    starts = {"Lora_Finetune": ("base", [BASE, BASE.replace("fire", "game")]), "CGM_Lora": (
-        "experts", [EXPERT.replace("game", "fire"), EXPERT])}
-    if script in starts:
-        kind, folders = starts[script]
-        assert list(config[kind].values()) == [models.fingerprint(workspace.root / folder) for folder in folders]
-
-
 # ---- what goes wrong on the way ----
 
 
-@pytest.mark.parametrize("script", ["Generate_Base_Model", "Finetune", "Lora_Finetune", "CGM_Lora"])
-def test_a_loss_that_is_not_finite_is_named_with_the_way_out(refuse, unfinished, script):
-    line = refuse(unfinished(script), script, "--learning_rate", "4e9", "--weight_decay", "4e9", "--epochs", "8")
-    assert "loss is" in line and "--learning_rate" in line
+def test_finished_results_stay_so_without_what_they_were_made_from(mutable, capsys):
+    for script, start in (("Lora_Finetune", "Base_Models"), ("CGM_Lora", "Lora_Finetune")):
+        shutil.rmtree(mutable.results / start)
+        mutable.run(script)
+        assert f"{script} is finished already" in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_no_half_written_tensors(monkeypatch, capsys, unfinished):
-    """safetensors reports it by an error of its own."""
-    place = unfinished("Benchmark")
-    for path in place.root.glob("*_dataset/pixels_*"):
+def test_a_loss_that_is_not_finite_is_named_with_the_way_out(refuse, mutable):
+    for script in ("CGM_Lora", "Lora_Finetune", "Finetune", "Generate_Base_Model"):
+        shutil.rmtree(mutable.results / RESULTS_OF[script])
+        line = refuse(mutable, script, "--learning_rate", "4e9", "--weight_decay", "4e9", "--epochs", "8")
+        assert "loss is" in line and "--learning_rate" in line
+
+
+def test_a_full_disk_leaves_nothing_half_written(monkeypatch, capsys, mutable, tmp_path):
+    """No dataset, and no file of resized images, which safetensors writes, with an error of its own."""
+    new = Workspace(tmp_path / "new", mutable.model)
+    shutil.rmtree(mutable.results / "Benchmark")
+    for path in mutable.root.glob("*_dataset/pixels_*"):
         path.unlink()
-    before = hashes(place.root)
+    before = hashes(mutable.root)
     with files_of_at_most(20_000):
-        complaint(monkeypatch, capsys, "Benchmark", place.flags("Benchmark"))
-    assert hashes(place.root) == before
-
-
-def test_a_full_disk_leaves_no_half_dataset(monkeypatch, capsys, workspace, tmp_path):
-    place = Workspace(tmp_path / "root", workspace.model)
-    with files_of_at_most(20_000):
-        complaint(monkeypatch, capsys, "Data_Preparation", place.flags("Data_Preparation"))
-    assert files_in(place.root) == set()
-
-
-def test_a_run_that_was_cut_short_is_made_whole_by_the_same_command(monkeypatch, capsys, unfinished, workspace):
-    place = unfinished("Finetune")
-    with files_of_at_most(50_000):
-        complaint(monkeypatch, capsys, "Finetune", place.flags("Finetune"))
-    place.run("Finetune")
-    assert hashes(place.results / "Finetune") == hashes(workspace.results / "Finetune")
+        complaint(monkeypatch, capsys, "Data_Preparation", new.flags("Data_Preparation"))
+        complaint(monkeypatch, capsys, "Benchmark", mutable.flags("Benchmark"))
+    assert files_in(new.root) == set() and hashes(mutable.root) == before

@@ -55,8 +55,9 @@ def test_a_damaged_image_is_named_and_the_others_go_on(workspace, photos, capsys
 
 def test_any_image_that_can_be_prepared_can_be_asked_about(workspace, tmp_path):
     square = Image.new("RGB", (50, 40), (200, 30, 30))
-    kinds = {"grey.png": square.convert("L"), "seen_through.png": square.convert("RGBA"), "deep.png": Image.new("I;16", (50, 40), 900),
-             "palette.gif": square.convert("P"), "print.jpg": square.convert("CMYK")}
+    kinds = {"grey.png": square.convert("L"), "seen_through.png": square.convert("RGBA"),
+             "deep.png": Image.new("I;16", (50, 40), 900), "palette.gif": square.convert("P"),
+             "print.jpg": square.convert("CMYK")}
     for name, image in kinds.items():
         image.save(tmp_path / name)
     assert len(ask(workspace, *(tmp_path / name for name in kinds))) == len(kinds)

@@ -14,39 +14,22 @@ from tests.bench.routing import FACTS, member
 from tests.bench.routing_tasks import RECIPES, make
 
 
-@pytest.fixture(scope="module")
-def suite():
-    """Two images of each class of every task."""
-    return {name: make(name, 1, 2) for name in RECIPES}
-
-
-def test_tasks_differ_in_classes_and_sizes_and_some_share_labels():
-    classes = [len(recipe.classes) for recipe in RECIPES.values()]
-    sizes = [len(recipe.classes) * recipe.per_class for recipe in RECIPES.values()]
-    assert len(RECIPES) >= 8 and len(set(classes)) >= 5 and (min(classes), max(classes)) == (2, 10)
-    assert (min(sizes), max(sizes)) == (150, 1000) and len(set(sizes)) >= 6
-    assert RECIPES["scans"].classes == RECIPES["printed"].classes
-    assert set("".join(RECIPES["capitals"].classes).lower()) < set(RECIPES["small_letters"].classes)
-
-
-def test_images_are_different_pictures_of_every_class(suite):
-    for name, task in suite.items():
+def test_images_are_different_pictures_of_every_class_the_same_for_a_seed():
+    for name in RECIPES:
+        task = make(name, 1, 2)
         classes = RECIPES[name].classes
         assert task.classes == list(classes) and task.labels.tolist() == np.repeat(np.arange(len(classes)), 2).tolist()
         assert task.images.shape == (2 * len(classes), 3, 64, 64) and task.images.dtype == np.uint8
         assert len(np.unique(task.images.reshape(len(task.images), -1), axis=0)) == len(task.images), name
         assert (task.images.std(axis=(1, 2, 3)) > 2).all(), f"{name} has a picture of nothing"
-
-
-def test_a_seed_gives_the_same_images_and_another_one_others(suite):
-    for name, task in suite.items():
-        assert np.array_equal(make(name, 1, 2).images, task.images), name
-        assert not np.array_equal(make(name, 2, 2).images, task.images), name
+    for name in list(RECIPES)[:3]:
+        assert np.array_equal(make(name, 1, 2).images, make(name, 1, 2).images), name
+        assert not np.array_equal(make(name, 2, 2).images, make(name, 1, 2).images), name
 
 
 def test_an_expert_is_a_peft_adapter_of_its_accuracy_and_kept_while_it_fits_its_images(tmp_path, monkeypatch):
     settings = Settings(torch.device("cpu"), 1, True, tmp_path)
-    images, others = make("weaves", 1, 40), make("weaves", 2, 40)  # enough for an accuracy that is that of no other model
+    images, others = make("weaves", 1, 40), make("weaves", 2, 8)  # enough for an accuracy that is that of no other model
     monkeypatch.setattr("tests.bench.routing.make", lambda *_: images)
     first = member("weaves", settings, 1, tmp_path)
     model = PeftModel.from_pretrained(models.load_backbone(str(DEMO_BACKBONE), first.classes, 0), first.adapter).eval()
@@ -67,15 +50,15 @@ def test_an_expert_is_a_peft_adapter_of_its_accuracy_and_kept_while_it_fits_its_
 
 def test_the_benchmarks_write_a_row_for_each_expert_and_for_each_mixture(tmp_path, monkeypatch):
     monkeypatch.setattr("tests.bench.routing.RECIPES", {name: RECIPES[name] for name in ("counts", "weaves", "grounds")})
-    main(["--quick", "--device", "cpu", "--output", str(tmp_path), "routing_experts", "routing", "--seeds", "1", "2"])
+    main(["--quick", "--device", "cpu", "--output", str(tmp_path), "routing_experts", "routing", "--seeds", "2"])
     table = pd.read_csv(tmp_path / "routing_experts.csv")
     assert list(zip(table["seed"], table["task"], strict=True)) == [
-        (seed, name) for seed in (1, 2) for name in ("counts", "weaves", "grounds")]
+        (2, name) for name in ("counts", "weaves", "grounds")]
     assert table["expert"].between(0, 1).all() and (table["images"] == 5 * table["classes"]).all()
     assert (tmp_path / "routing_experts" / "2" / "weaves" / "adapter_model.safetensors").exists()
     table = pd.read_csv(tmp_path / "routing.csv", keep_default_na=False)
-    assert list(table["experts"]) == 2 * [2, 3, 2] and list(table["left_out"]) == 2 * ["", "", "counts"]
-    assert list(table["classes"]) == 2 * [5, 10, 8]
+    assert list(table["experts"]) == [2, 3, 2] and list(table["left_out"]) == ["", "", "counts"]
+    assert list(table["classes"]) == [5, 10, 8]
     assert (table["joint_1"] <= table["joint_3"]).all() and (table["joint_1"] <= table["told"]).all()
     assert (table["joint_1"] <= table["right_task"]).all()
-    assert all(0 <= float(value) <= 1 for value in table["auroc"] if value) and (table["auroc"] != "").sum() == 2
+    assert all(0 <= float(value) <= 1 for value in table["auroc"] if value) and (table["auroc"] != "").sum() == 1

@@ -46,7 +46,8 @@ class WarmProcess:
         self.folder, self.port, self.cache = folder, port, folder / "huggingface"
         inherited = {key: value for key, value in os.environ.items()
                      if not key.startswith(("HF_", "HUGGING")) and not key.lower().endswith("_proxy")}
-        own = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(self.cache), "PYTHONPATH": str(PROJECT), **LIBRARIES}
+        own = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(self.cache), "PYTHONPATH": str(PROJECT),
+               "LC_ALL": "C", "PYTHONHASHSEED": "1", **LIBRARIES}
         self.process = subprocess.Popen(
             [sys.executable, __file__], env={**inherited, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

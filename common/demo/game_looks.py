@@ -81,7 +81,7 @@ def hsv(hue: float, saturation: float, value: float) -> Colour:
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
     """The colour that has this share of the second colour."""
-    return tuple(round(a + share * (b - a)) for a, b in zip(first, second))
+    return tuple(round(a + share * (b - a)) for a, b in zip(first, second, strict=False))
 
 
 def lighter(colour: Colour) -> Colour:
@@ -130,7 +130,7 @@ def random_field(shape: Shape, dice: random.Random) -> Field:
     tile = round(TILE_HEIGHT * dice.choice(TILE_STRETCHES)), TILE_HEIGHT
     cols, rows = (
         min(max(FEWEST_TILES, round(dice.uniform(*shares) * room / side)), room // side)
-        for room, side, shares in zip(SIZE, tile, shape)
+        for room, side, shares in zip(SIZE, tile, shape, strict=False)
     )
     left = dice.randint(0, SIZE[0] - cols * tile[0])
     return Field(left, dice.randint(0, SIZE[1] - rows * tile[1]), cols, rows, tile)

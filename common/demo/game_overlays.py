@@ -54,7 +54,7 @@ def quiet_spot(size: Size, field: Field, dice: random.Random) -> Box:
         down = min(box[3], bottom) - max(box[1], top)
         return max(across, 0) * max(down, 0)
 
-    corners = [[dice.randint(1, room - 1 - side) for room, side in zip(SIZE, size)] for _ in range(5)]
+    corners = [[dice.randint(1, room - 1 - side) for room, side in zip(SIZE, size, strict=False)] for _ in range(5)]
     return min(((x, y, x + size[0] - 1, y + size[1] - 1) for x, y in corners), key=hidden)
 
 

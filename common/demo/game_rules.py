@@ -175,7 +175,7 @@ class PaddleAndBall:
         """Bricks as tiles; paddles and balls as figures."""
         size = 2 * self.RADIUS
         things = [Thing("ball", ball.x - size / 2, ball.y - size / 2, size, size) for ball in self.balls]
-        for place, y in zip(self.paddles, (self.depth - 0.9, 0.1)):
+        for place, y in zip(self.paddles, (self.depth - 0.9, 0.1), strict=False):
             things.append(Thing("bar", place - self.reach / 2, y, self.reach, 0.8, 1))
         if not self.sideways:
             return Scene(dict(self.bricks), things)

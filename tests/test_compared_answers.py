@@ -1,0 +1,144 @@
+"""Tests of how `CGM_Lora.py --compare` scores answers, and of what a router learns from them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from common.comparison import passes, router
+from common.comparison.answers import Mix, Space, fitted_mix
+from common.comparison.contest import mixed_test
+from common.comparison.score import Comparison, holm, wilson
+
+TITLES = ["Fire_Risk", "Game"]
+SPACE = Space([2, 3], np.array([0, 0, 1, 1, 1]))
+
+
+def answers_of(tasks, classes):
+    """The right answers of images of tasks with 2 and 3 classes: numbers of task and class within it."""
+    return SPACE.answers(SimpleNamespace(tasks=torch.as_tensor(tasks).long(), labels=torch.as_tensor(classes)))
+
+
+def scores_of(answers, right):
+    """Scores (N, C) that are right for these images only; wrong ones are of the same task."""
+    own = [SPACE.own(task) for task in answers.tasks]
+    wrong = [part.start + (label - part.start + 1) % (part.stop - part.start)
+             for label, part in zip(answers.labels, own, strict=True)]
+    return np.eye(5)[np.where(right, answers.labels, wrong)]
+
+
+ANSWERS = answers_of([0] * 4 + [1] * 12, [0, 1] * 8)
+
+
+def compared(**right):
+    """The table, by method and task, of methods that are right about these images, the first one the mixture."""
+    found = Comparison([SimpleNamespace(task=SimpleNamespace(title=title)) for title in TITLES], ANSWERS)
+    for name, runs in right.items():
+        for run in runs if isinstance(runs, list) else [runs]:
+            found.put(name, "group", scores_of(ANSWERS, run), seconds=0.5, trainable=1, total=2)
+    return found.table().set_index(["method", "task"])
+
+
+def test_the_mixed_test_set_is_every_test_image_in_a_random_order(tasks):
+    data, again, other = mixed_test(tasks, 3), mixed_test(tasks, 3), mixed_test(tasks, 4)
+    everything = torch.arange(len(data))
+    assert torch.equal(data.batch(everything), again.batch(everything)) and not torch.equal(data.labels, other.labels)
+    assert len(data.tasks.unique_consecutive()) > len(tasks)
+    for task, own in enumerate(tasks):
+        theirs, found = own.test.batch(torch.arange(len(own.test))), data.batch((data.tasks == task).nonzero()[:, 0])
+        assert sorted(row.sum().item() for row in theirs) == sorted(row.sum().item() for row in found)
+
+
+def test_an_image_is_right_if_task_and_class_are_and_told_the_task_more_often():
+    scores = np.random.default_rng(0).normal(size=(16, 5))
+    scores[2:4, :2] = -np.inf  # no answer among the own task's classes
+    best = scores.argmax(1)
+    assert np.array_equal(ANSWERS.right(scores), best == ANSWERS.labels)
+    assert np.array_equal(ANSWERS.right_task(scores), (best >= 2) == (ANSWERS.tasks == 1))
+    told = ANSWERS.right_told(scores)
+    assert not told[2:4].any() and (told >= ANSWERS.right(scores)).all()
+    assert np.array_equal(told[4:], scores[4:, 2:].argmax(1) + 2 == ANSWERS.labels[4:])
+    own = ANSWERS.right_task(scores)
+    assert np.array_equal(told[own], ANSWERS.right(scores)[own])
+
+
+def test_evidence_counts_as_much_as_it_helps():
+    right, rng = np.eye(5)[ANSWERS.labels], np.random.default_rng(0)
+    logits, parts = right + rng.normal(size=(16, 5)), [right + rng.normal(size=(16, 5)), -right]
+    mix = fitted_mix(logits, parts, ANSWERS)
+    assert mix.scale > 0.1 and mix.weights[0] > 0.1 and mix.weights[1] == 0
+    for scale, first, second in ((0.05, 0, 0), (-0.05, 0, 0), (0, 0.05, 0), (0, -0.05, 0), (0, 0, 0.05)):
+        other = Mix(SPACE, mix.scale + scale, (mix.weights[0] + first, mix.weights[1] + second))
+        assert ANSWERS.loss(other.scores(logits, parts)) > ANSWERS.loss(mix.scores(logits, parts))
+    assert np.allclose(np.exp(Mix(SPACE, 3.0).scores(logits)[:, SPACE.own(1)]).sum(1), 1)
+
+
+def test_tasks_weigh_alike_in_the_row_of_all_and_intervals_are_wilsons():
+    right = np.arange(16) < 8  # all 4 of the first task, 4 of 12 of the second
+    table = compared(mixture=right)
+    assert [table.loc[("mixture", task), "accuracy"] for task in (*TITLES, "All")] == pytest.approx([1, 1 / 3, 2 / 3])
+    assert ANSWERS.rating(scores_of(ANSWERS, right))[0] == pytest.approx(2 / 3)
+    for right, count in ((0, 16), (5, 16), (16, 16)):
+        expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+        assert wilson(right / count, count) == pytest.approx((expected.low, expected.high))
+    row = table.loc[("mixture", "All")]  # 4 and 12 images: a variance as of 12
+    assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(wilson(2 / 3, 4 / (1 / 4 + 1 / 12)))
+
+
+def test_mcnemar_is_the_binomial_test_by_hand_and_holms_correction_over_methods():
+    """Of all images, 7 only the mixture gets right and 1 only the other: twice the chance of at most 1 head in 8 tosses."""
+    number = np.arange(16)
+    table = compared(mixture=number < 11, other=(number < 4) | (number == 15), same=number < 11, worse=number < 0)
+    assert np.isnan(table.loc[("mixture", "All"), "mcnemar_p"])
+    found = {name: row[["mcnemar_p", "mcnemar_p_holm"]].tolist() for name, row in table.xs("All", level="task").iterrows()}
+    assert found["other"] == pytest.approx([2 * 9 / 2**8, 2 * 2 * 9 / 2**8]) and found["same"] == [1, 1]
+    assert found["worse"] == pytest.approx([2 / 2**11, 3 * 2 / 2**11])
+    assert [table.loc[("other", task), "mcnemar_p"] for task in TITLES] == [1, found["other"][0]]
+    assert holm(pd.Series([0.04, np.nan, 0.01, 0.03])).tolist() == pytest.approx([0.06, np.nan, 0.03, 0.06], nan_ok=True)
+
+
+def test_mean_and_spread_are_over_seeds_and_one_seed_has_no_spread():
+    table = compared(mixture=[np.arange(16) < count for count in (4, 10, 16)], other=np.arange(16) < 4)
+    row = table.loc[("mixture", "All")]
+    assert (row["accuracy"], row["seeds"], row["accuracy_mean"], row["accuracy_spread"]) == (0.5, 3, 0.75, 0.25)
+    assert table.loc[("other", "All"), "seeds"] == 1 and np.isnan(table.loc[("other", "All"), "accuracy_spread"])
+
+
+def test_the_time_is_that_of_the_median_batch_after_the_first(workspace, tasks, monkeypatch):
+    """Batches of 4: an image of the first takes 9 seconds, of the others 1, 2 and 4; half of that up to a part of the model."""
+    data, body = mixed_test(tasks, 0), torch.nn.Flatten()
+    ticks = [tick for seconds in (9, 1, 2, 4) for tick in (0, 2 * seconds, 4 * seconds)]
+    monkeypatch.setattr(passes, "EVALUATION_BATCH", 4)
+    for until, kept in ((None, [0, 2]), (body, [0, 1, 2])):
+        clock = iter([tick for number, tick in enumerate(ticks) if number % 3 in kept])
+        monkeypatch.setattr(passes, "_now", lambda device, clock=clock: next(clock))
+        (values,), seconds = passes.collect(body, data, workspace.config("CGM_Lora"), until=until)
+        assert seconds == pytest.approx(2 if until is None else 1)
+        assert np.array_equal(values, data.batch(torch.arange(16)).flatten(1))
+
+
+def test_a_router_finds_the_expert_by_what_is_told_apart_and_asks_it_alone():
+    rng = np.random.default_rng(0)
+    train, known = (answers_of(labels > 1, labels - 2 * (labels > 1)) for labels in (rng.permutation(60) % 5 for _ in range(2)))
+    telling, silent = ([np.eye(5)[answers.labels] + 0.1 * rng.normal(size=(60, 5)) for answers in (train, known)],
+                       [rng.normal(size=(60, 5)) for _ in range(2)])
+    own = rng.normal(size=(60, 5))
+    one, every = router.best_routers({"silent": silent[0], "telling": telling[0]}, train,
+                                     {"silent": silent[1], "telling": telling[1]}, own, known)
+    for found in (one, every):
+        assert found.place == "telling" and found.of_classes  # which says of the classes what the experts do not know
+        experts, classes = (np.exp(part) for part in found.evidence(telling[1]))
+        assert np.allclose(classes.sum(1), 1)
+        for own_classes in (SPACE.own(0), SPACE.own(1)):
+            assert np.allclose(experts[:, own_classes], classes[:, own_classes].sum(1, keepdims=True))
+        assert known.right(found.all_experts(own, telling[1])).all()
+    chosen = one.one_expert(own, telling[1])
+    assert known.right(chosen).all()
+    by_tasks = next(found for found in router.routers({"telling": telling[0]}, train) if not found.of_classes)
+    by_tasks.mix = Mix(SPACE, 1.0, (1.0,))
+    assert np.array_equal(known.right_told(by_tasks.one_expert(own, silent[1])), known.right_told(own))
+    asked = SPACE.owner[by_tasks.evidence(silent[1])[0].argmax(1)]
+    assert np.array_equal(SPACE.owner[by_tasks.one_expert(own, silent[1]).argmax(1)], asked)
