@@ -77,8 +77,9 @@ def _want_different(model: ContextGatedMOE, inputs: Tensor) -> None:
     with model.router.using(plain=True, features=features):
         model.base_model(inputs)
     for name, values in features.items():
-        own = F.normalize(values - values.mean(0), dim=1)
-        model.gates()[name].score.weight[wanted * model.sizes[0]] = 300 * own.to(values)
+        score, rows, middle = model.gates()[name].score, wanted * model.sizes[0], values.mean(0)
+        own = 1000 * F.normalize(values - middle, dim=1)
+        score.weight[rows], score.bias[rows] = own, -own @ middle
     model.eval()
     model.top_k = 1
     with model.record_gates() as gates:
