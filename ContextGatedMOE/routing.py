@@ -199,7 +199,7 @@ class Router:
                 settings.features[unit.name] = features
                 if len(settings.features) == settings.until:
                     raise Enough
-            scores = gate(features)  # (B, C)
+            scores = None if settings.plain else gate(features)  # (B, C)
         if settings.plain:
             return None
         if settings.fixed is not None:

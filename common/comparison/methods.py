@@ -111,19 +111,18 @@ def joint_lora(config: MixtureConfig, tasks: list[TaskData], ranks: list[int],
     recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite",
                        {"lora_rank": int, "lora_alpha": int})
     kept = {field.name: recipe[field.name] for field in dataclasses.fields(TrainingFlags) if field.name in recipe}
+    settings = dataclasses.replace(config, **kept)
     rank, head = sum(ranks), base_heads(config, tasks)
     first = torch.tensor([0, *(len(data.classes) for data in tasks[:-1])]).cumsum(0)
     train, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
     trained = []
-    for share in (1, 1 / len(tasks)):
-        settings = dataclasses.replace(config, **kept)
-        settings = dataclasses.replace(settings, learning_rate=settings.learning_rate * share)
+    for rate in (settings.learning_rate, settings.learning_rate / len(tasks)):
         base = models.load_backbone(config.model, tasks[0].classes, config.seed)
         base.classifier = copy.deepcopy(head)
         model = models.add_lora(base, rank, round(rank * recipe["lora_alpha"] / recipe["lora_rank"]), config.seed)
-        name = f"joint LoRA, seed {config.seed}, learning rate {settings.learning_rate:g}"
-        fitted = fit(model, train, validation, settings, name, objective=JointObjective(first),
-                     checkpoint=checkpoint(f"compared_joint_{config.seed}_{settings.learning_rate:g}"))
+        name = f"joint LoRA, seed {config.seed}, learning rate {rate:g}"
+        fitted = fit(model, train, validation, dataclasses.replace(settings, learning_rate=rate), name,
+                     objective=JointObjective(first), checkpoint=checkpoint(f"compared_joint_{config.seed}_{rate:g}"))
         trained.append((fitted.history["validation_loss"].min(), model))
     return min(trained, key=lambda pair: pair[0])[1]
 

@@ -43,11 +43,11 @@ def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
     experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
     classes = {data.task.key: data.classes for data in tasks}
     try:
-        model = ContextGatedMOE.from_adapters(base, experts, classes, gate_hidden=config.gate_hidden).eval()
+        return ContextGatedMOE.from_adapters(
+            base, experts, classes, gate_hidden=config.gate_hidden, top_k=experts_at_once(config, len(tasks))
+        ).eval()
     except MixtureError as error:
         raise UserError(f"{error}; run {command('Lora_Finetune', config)} --overwrite") from error
-    model.top_k = experts_at_once(config, len(tasks))
-    return model
 
 
 def experts_at_once(config: MixtureConfig, experts: int) -> int | None:

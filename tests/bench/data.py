@@ -25,6 +25,7 @@ from tests.bench.measure import Settings
 from tests.bench.scripts import PROJECT
 from tests.bench.setups import beit, lora
 
+MODULE = "tests.bench.data"  # whose main part is a process
 HASHES, QUICK_HASHES = 70_000, 500
 IMAGES, QUICK_IMAGES = 20_000, 200  # 3 GB of 224 x 224 pixels
 IN_A_ROUND, QUICK_IN_A_ROUND = 64, 8  # images trained on
@@ -33,7 +34,7 @@ AT_ONCE = 100  # images read or written together
 
 def run_duplicates(settings: Settings) -> pd.DataFrame:
     """Groups of near-duplicates among 70,000 hashes, all of nearly the same mean colour: seconds, and memory on top."""
-    return _apart("duplicates", str(QUICK_HASHES if settings.quick else HASHES))
+    return apart(MODULE, "duplicates", str(QUICK_HASHES if settings.quick else HASHES))
 
 
 def run_stored(settings: Settings) -> pd.DataFrame:
@@ -49,14 +50,15 @@ def run_stored(settings: Settings) -> pd.DataFrame:
 
     pixels.write(path, {"train": count}, batches(), "benchmark")
     try:
-        return _apart("stored", str(path), str(count), str(settings.repeats), str(settings.device), *["quick"] * settings.quick)
+        return apart(MODULE, "stored", str(path), str(count), str(settings.repeats), str(settings.device),
+                     *["quick"] * settings.quick)
     finally:
         path.unlink()
 
 
-def _apart(*arguments: str) -> pd.DataFrame:
-    """What a process of its own writes as its last line."""
-    done = subprocess.run([sys.executable, "-m", "tests.bench.data", *arguments], cwd=PROJECT, capture_output=True, text=True,
+def apart(module: str, *arguments: str) -> pd.DataFrame:
+    """What a module of the benchmarks, run as a process of its own, writes as its last line."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=PROJECT, capture_output=True, text=True,
                           check=False)
     if done.returncode:
         raise UserError(f"the benchmark ended with status {done.returncode}: {done.stderr.strip()}")

@@ -4,7 +4,6 @@
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +22,8 @@ from common.results.memory import PeakMemory
 from ContextGatedMOE import ContextGatedMOE
 from ContextGatedMOE.experts import solve
 from ContextGatedMOE.statistics import Statistics
+from tests.bench.data import apart
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
-from tests.bench.scripts import PROJECT
 from tests.bench.setups import beit, experts, forward, images, lora, training_step, twin
 
 EXPERTS, QUICK_EXPERTS = 256, 16
@@ -94,11 +93,7 @@ def run_building(settings: Settings) -> pd.DataFrame:
     count = _count(settings)
     with tempfile.TemporaryDirectory(dir=settings.root if settings.root.exists() else None) as folder:
         _save(lora(beit(settings, num_labels=CLASSES)), Path(folder), count)
-        command = [sys.executable, "-m", "tests.bench.many", folder, str(count), str(int(settings.quick))]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"the benchmark ended with status {done.returncode}: {done.stderr.strip()}")
-    return pd.DataFrame([json.loads(done.stdout.splitlines()[-1])])
+        return apart("tests.bench.many", folder, str(count), str(int(settings.quick)))
 
 
 def _save(model: nn.Module, folder: Path, count: int) -> None:
