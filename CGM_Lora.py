@@ -24,7 +24,7 @@ def main(config: MixtureConfig) -> None:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
         experts = dict.fromkeys([*(data.task.key for data in tasks), *added])
-        folder = results.folder / "Models" / mixture.mixture_name([*experts])
+        folder = results.folder / "Models" / models.mixture_name([*experts])
         if not results.finished(tasks, **mixture.starts(config, tasks)):
             model = mixture.grow(config, tasks) if added else mixture.build(config, tasks)
             fitted = mixture.fit_gates(model, config, tasks, results.checkpoint(folder.name))

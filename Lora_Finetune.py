@@ -11,6 +11,7 @@ def main(config: LoraConfig) -> None:
     """Train or take over, evaluate and write one LoRA expert per task."""
     from common import models  # here, so that --help is there at once
     from common.data.tensors import load_task
+    from common.models import lora
     from common.results.folder import Results
     from common.tasks import read_tasks
     from common.training.evaluate import evaluate
@@ -19,7 +20,7 @@ def main(config: LoraConfig) -> None:
     with Results(config, "Lora_Finetune", "Lora_Finetune") as results:
         processor = models.load_processor(config.model)
         tasks = [load_task(task, config, processor) for task in read_tasks(config.root)]
-        adapters = models.read_adapters(config.experts(), [data.task for data in tasks])
+        adapters = lora.read_adapters(config.experts(), [data.task for data in tasks])
         bases = {data.task.key: models.fingerprint(models.base_folder(config, data.task)) for data in tasks}
         fingerprints = {key: adapter.fingerprint for key, adapter in adapters.items()}
         rows = []
@@ -27,9 +28,9 @@ def main(config: LoraConfig) -> None:
             folder, fitted = models.lora_folder(config, data.task), None
             name, shown = f"Lora_{data.task.title}", f"LoRA, {data.task.name}"
             if data.task.key in adapters:
-                model = models.adopt(config, data, adapters[data.task.key])
+                model = lora.adopt(config, data, adapters[data.task.key])
             else:
-                model = models.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
+                model = lora.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
                 fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}",
                              checkpoint=results.checkpoint(folder.name, data))
                 results.write_history(fitted.history, name, shown)

@@ -2,20 +2,25 @@
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli.flags import PredictConfig
+from common.cli.parser import command
 from common.cli.run import run
 from common.errors import UserError
+from common.tasks import read_tasks
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import torch
+    from transformers import BaseImageProcessor
 
     from ContextGatedMOE import ContextGatedMOE, Prediction
 
 ANSWERS = 4  # the first, and the three next
 BATCH = 16
+MOST_WORKERS = 4  # batches that are answered at once, each in memory with its activations
 ANSWER_COLUMNS = [f"Answer {place}" for place in range(2, ANSWERS + 1)]
 NAME_WIDTH = 24  # of class names on the terminal
 
@@ -26,31 +31,56 @@ def main(config: PredictConfig) -> None:
     Raises UserError if there is no mixture or no image; at the end, if some images could not be read.
     """
     paths = find_images(config.images)
-    import pandas as pd  # the libraries that take time, once it is known that there is something to do
+    folder = finished_mixture(config)
 
-    from common import models
-    from common.comparison import mixture
-    from common.files import write_csv
-    from common.training.evaluate import device_of
+    from common import models  # the libraries that take time, once it is known that there is something to do
+    from common.training.distributed import device_of
 
-    folder = mixture.finished_folder(config)
-    model, processor = mixture.open_by_name(folder, config), models.load_processor(str(folder))
-    device = device_of(config)
+    model, processor, device = open_mixture(folder, config), models.load_processor(str(folder)), device_of(config)
     model.to(device)
     width = min(40, max(len(str(path)) for path in paths))
     rows: list[dict[str, object]] = []
-    for batch in in_batches(paths):
-        pixels = processor([image for _, image in batch], return_tensors="pt").pixel_values
-        said = model.predict(pixel_values=pixels.to(device))
-        for number, (path, _) in enumerate(batch):
-            rows.append(answer(path, number, said, model))
-            if len(rows) == 1:
-                print(as_line({name: name for name in rows[0]}, width))
-            print(as_line(rows[-1], width), flush=True)
+    for answers in ask(paths, model, processor, device):
+        if answers and not rows:
+            print(as_line({name: name for name in answers[0]}, width))
+        for row in answers:
+            print(as_line(row, width))
+        rows += answers
+        sys.stdout.flush()
     if config.output and rows:
+        import pandas as pd
+
+        from common.files import write_csv
+
         write_csv(Path(config.output), pd.DataFrame(rows))
     if len(rows) < len(paths):
         raise UserError(f"{len(paths) - len(rows)} of {len(paths)} images could not be read; the lines above name them")
+
+
+def finished_mixture(config: PredictConfig) -> Path:
+    """Where the mixture is that is asked: --mixture, or the one below --root. Raises UserError if there is none."""
+    from common.models import mixture_folder
+    from ContextGatedMOE.saving import CONFIG_FILE
+
+    folder = Path(config.mixture) if config.mixture else mixture_folder(
+        config.root, [task.key for task in read_tasks(config.root)])
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"there is no finished mixture in {folder}; run {command('CGM_Lora', config)}, or give another --root "
+                        "or --mixture")
+    return folder
+
+
+def open_mixture(folder: Path, config: PredictConfig) -> "ContextGatedMOE":
+    """The mixture in `folder` on --model, or on the backbone it was made on. Raises UserError if either cannot be read."""
+    from common.models import load_backbone
+    from ContextGatedMOE import ContextGatedMOE, MixtureError
+    from ContextGatedMOE.saving import read_config
+
+    try:
+        name = config.model or read_config(folder)["base_model"]
+        return ContextGatedMOE.from_pretrained(folder, load_backbone(name, ["any"], config.seed))
+    except MixtureError as error:
+        raise UserError(f"{error}; run {command('CGM_Lora', config)} --overwrite") from error
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -74,45 +104,64 @@ def find_images(names: list[str]) -> list[Path]:
     return found
 
 
-def in_batches(paths: list[Path]) -> Iterator[list[tuple[Path, "Image.Image"]]]:
-    """The images in order, a few at a time, read ahead on all cores; those that are damaged are named and left out."""
-    from concurrent.futures import ThreadPoolExecutor
+def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProcessor", device: "torch.device"
+        ) -> Iterator[list[dict[str, object]]]:
+    """Rows of the table, batch by batch in the order of the images. Those that are damaged are named and left out.
+
+    Every batch is read, made what the model takes, and answered by one of a few threads: between small operations, threads
+    that share one batch would mostly wait for each other.
+    """
+    import torch
 
     from common.data.images import DamagedImage, open_image
-    from common.data.reading import CORES, in_order
+    from common.data.threads import CORES, in_order
 
-    def opened(path: Path) -> "tuple[Path, Image.Image] | DamagedImage":
-        try:
-            return path, open_image(path)
-        except DamagedImage as error:
-            return error
+    def answer_batch(batch: list[Path]) -> tuple[list[dict[str, object]], list[str]]:
+        names, images, damaged = [], [], []
+        for path in batch:
+            try:
+                images.append(open_image(path))
+                names.append(path)
+            except DamagedImage as error:
+                damaged.append(f"{path} is no image that can be read: {error}")
+        if not names:
+            return [], damaged
+        pixels = processor(images, return_tensors="pt").pixel_values
+        return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), damaged
 
-    batch: list[tuple[Path, Image.Image]] = []
-    with ThreadPoolExecutor(CORES) as pool:
-        for result in in_order(pool, opened, paths):
-            if isinstance(result, DamagedImage):
-                print(f"{result.path.strip(' ()')} is no image that can be read: {result}", file=sys.stderr, flush=True)
-                continue
-            batch.append(result)
-            if len(batch) == BATCH:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+    workers, threads = min(CORES, MOST_WORKERS), torch.get_num_threads()
+    batches = (paths[start : start + BATCH] for start in range(0, len(paths), BATCH))
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for answers, damaged in in_order(pool, answer_batch, batches):
+                print(*damaged, sep="\n", end="\n" * bool(damaged), file=sys.stderr, flush=True)
+                yield answers
+    finally:
+        torch.set_num_threads(threads)
 
 
-def answer(path: Path, number: int, said: "Prediction", model: "ContextGatedMOE") -> dict[str, object]:
-    """What the mixture says of image `number` of a batch: a row of the table."""
-    best = said.logits[number].topk(min(ANSWERS, len(model.labels)))
-    shares, answers = best.values.exp().tolist(), [model.labels[index] for index in best.indices.tolist()]
-    familiarity = float("nan") if said.familiarity is None else said.familiarity[number].item()
+def answers_of(paths: list[Path], said: "Prediction", model: "ContextGatedMOE") -> list[dict[str, object]]:
+    """What the mixture says of each image of a batch: rows of the table."""
+    best = said.logits.topk(min(ANSWERS, len(model.labels)))
+    gates = sum(said.gates.values()) / len(said.gates)  # (B, E): mean over the layers
+    familiarity = [float("nan")] * len(paths) if said.familiarity is None else said.familiarity.tolist()
+    return [
+        answer(path, shares, [model.labels[index] for index in indices], weights, familiar, model)
+        for path, shares, indices, weights, familiar in zip(
+            paths, best.values.exp().tolist(), best.indices.tolist(), gates.tolist(), familiarity, strict=True)
+    ]
+
+
+def answer(path: Path, shares: list[float], answers: list[tuple[str, str]], weights: list[float], familiarity: float,
+           model: "ContextGatedMOE") -> dict[str, object]:
+    """A row of the table. answers: task and class, the surest first; shares: their probabilities; weights: of the experts."""
     refused = model.refuse_below is not None and familiarity < model.refuse_below
     task, name = ("none", "none") if refused else answers[0]
     row: dict[str, object] = {"Image": str(path), "Predicted Task": task, "Predicted Class": name, "Probability": shares[0]}
     for column, share, (other, its_name) in zip(ANSWER_COLUMNS, shares[1:], answers[1:], strict=False):
         row |= {column: f"{other}: {its_name}", column.replace("Answer", "Probability"): share}
-    gates = sum(weights[number] for weights in said.gates.values()) / len(said.gates)
-    row |= {f"Gate {expert}": weight for expert, weight in zip(model.expert_names, gates.tolist(), strict=True)}
+    row |= {f"Gate {expert}": weight for expert, weight in zip(model.expert_names, weights, strict=True)}
     return row | {"Familiarity": familiarity}
 
 

@@ -17,7 +17,7 @@ from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
 from common.data import duplicates
 from common.data.duplicates import NEAR_BITS, NEAR_COLOUR, groups, have_near
-from common.data.images import BITS_BYTES, HASH_BYTES, perceptual_hash
+from common.data.hashes import BITS_BYTES, HASH_BYTES, perceptual_hash
 from common.data.prepare import prepare
 from common.data.sources import SPLITS
 from common.data.splits import grouped_split

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from pipeline import IMAGE_SIZE
 from torch import nn
 from transformers import BeitForImageClassification
 
 from common import models
-from common.training import kernels
+from common.models import lora
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -23,7 +23,7 @@ def batch():
 
 def adapted(backbone):
     """A model with an adapter that changes something."""
-    model = models.add_lora(models.load_backbone(backbone, CLASSES, 0), rank=3, alpha=7, seed=0)
+    model = lora.add_lora(models.load_backbone(backbone, CLASSES, 0), rank=3, alpha=7, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -45,8 +45,8 @@ def test_outputs_and_gradients_of_an_adapted_model_are_those_of_the_one_that_pef
     ours.save_pretrained(tmp_path)
     base = BeitForImageClassification.from_pretrained(backbone, num_labels=len(CLASSES), ignore_mismatched_sizes=True)
     theirs = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
-    assert any(isinstance(module, kernels.LoraLinear) for module in ours.modules())
-    assert not any(isinstance(module, kernels.LoraLinear) for module in theirs.modules())
+    assert any(isinstance(module, lora.LoraLinear) for module in ours.modules())
+    assert not any(isinstance(module, lora.LoraLinear) for module in theirs.modules())
     with torch.no_grad():
         assert torch.allclose(ours(batch[0]).logits, theirs(batch[0]).logits, atol=1e-6)
     for precision, tolerance in ((None, 1e-5), (torch.bfloat16, 0.05)):
@@ -80,8 +80,8 @@ def test_a_merged_a_disabled_and_a_second_adapter_are_peft_s(backbone, batch):
 
 
 def test_any_number_of_dimensions_comes_before_the_width():
-    config = models.PeftLoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
-    layer = kernels.LoraLinear(nn.Linear(4, 6), "default", config=config, r=2, lora_alpha=4)
+    config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
+    layer = lora.LoraLinear(nn.Linear(4, 6), "default", config=config, r=2, lora_alpha=4)
     for x in (torch.randn(4), torch.randn(2, 4), torch.randn(2, 3, 4)):
         expected = layer.base_layer(x) + 2 * layer.lora_B["default"](layer.lora_A["default"](x))
         assert layer(x).shape == (*x.shape[:-1], 6) and torch.allclose(layer(x), expected, atol=1e-6)

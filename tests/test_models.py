@@ -18,7 +18,8 @@ from trainings import settings
 
 from common.data.tensors import ImageSet
 from common.errors import UserError
-from common.models import add_lora, backbone_fingerprint, load_backbone, load_processor
+from common.models import backbone_fingerprint, load_backbone, load_processor
+from common.models.lora import add_lora
 from common.training.evaluate import features
 
 pytest_plugins = ["warm_process"]

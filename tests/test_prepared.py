@@ -20,8 +20,8 @@ import Data_Preparation
 from common import models
 from common.cli.flags import PreparationConfig
 from common.cli.parser import parse
-from common.data.reading import AHEAD, in_order
 from common.data.tensors import load_task
+from common.data.threads import AHEAD, in_order
 from common.errors import UserError
 
 pytest_plugins = ["warm_process"]
@@ -49,7 +49,7 @@ def whole(images, tmp_path_factory):
 
 
 @pytest.mark.parametrize("function, call", [
-    ("common.data.images.perceptual_hash", 60),  # in the second task
+    ("common.data.reading.perceptual_hash", 60),  # in the second task
     ("os.replace", 2),  # the old folder out of the way
     ("os.replace", 3),  # the new one to its place
     ("shutil.rmtree", 1),  # the old one

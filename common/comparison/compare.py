@@ -9,7 +9,6 @@ import pandas as pd
 from common import models
 from common.cli.flags import MixtureConfig
 from common.comparison.contest import Contest
-from common.comparison.mixture import mixture_name
 from common.comparison.score import EVERY_TASK
 from common.data.tensors import TaskData
 from common.errors import UserError
@@ -36,7 +35,7 @@ def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedM
     """
     if len(tasks) < 2:
         raise UserError("--compare needs two tasks or more; add one with Data_Preparation.py --task NAME=SOURCE")
-    folder = results.folder / "Models" / mixture_name([data.task.key for data in tasks])
+    folder = results.folder / "Models" / models.mixture_name([data.task.key for data in tasks])
     made_of = {"of_mixture": f"sha256:{str(models.fingerprint(folder))[:12]}", "of_seeds": config.seeds}
     if distributed.any_of(bool(_show_finished(results, made_of))):
         return

@@ -21,6 +21,7 @@ from common.cli.flags import MixtureConfig, TrainingFlags
 from common.cli.parser import command
 from common.data.tensors import TaskData, together
 from common.files import read_json
+from common.models.lora import add_lora
 from common.training.checkpoint import Checkpoint
 from common.training.loop import fit
 from common.training.objective import JointObjective
@@ -119,7 +120,7 @@ def joint_lora(config: MixtureConfig, tasks: list[TaskData], ranks: list[int],
     for rate in (settings.learning_rate, settings.learning_rate / len(tasks)):
         base = models.load_backbone(config.model, tasks[0].classes, config.seed)
         base.classifier = copy.deepcopy(head)
-        model = models.add_lora(base, rank, round(rank * recipe["lora_alpha"] / recipe["lora_rank"]), config.seed)
+        model = add_lora(base, rank, round(rank * recipe["lora_alpha"] / recipe["lora_rank"]), config.seed)
         name = f"joint LoRA, seed {config.seed}, learning rate {rate:g}"
         fitted = fit(model, train, validation, dataclasses.replace(settings, learning_rate=rate), name,
                      objective=JointObjective(first), checkpoint=checkpoint(f"compared_joint_{config.seed}_{rate:g}"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import models
-from common.cli.flags import MixtureConfig, PredictConfig
+from common.cli.flags import MixtureConfig
 from common.cli.parser import command
 from common.data.tensors import ImageSet, TaskData, together
 from common.errors import UserError
@@ -22,17 +22,16 @@ from common.results.metrics import JointPredictions
 from common.tasks import read_tasks
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
-from common.training.evaluate import EVALUATION_BATCH, device_of, evaluate
+from common.training.distributed import device_of
+from common.training.evaluate import EVALUATION_BATCH, evaluate
 from common.training.loop import Fit, fit
 from common.training.memory import in_batches, with_smaller_batches
 from common.training.objective import JointObjective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
-from ContextGatedMOE.saving import CONFIG_FILE, read_config
 
 # All experts of 16 take 1.4 times as long as one expert, of 64 three times (measured at BEiT-base's size); one of any number
 # takes hardly longer than one expert, and is half a point less accurate on real tasks.
 MOST_AT_ONCE = 16
-LONGEST_FOLDER = 200  # bytes, of 255 that a name may have: files are written aside under longer ones
 
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
@@ -159,35 +158,10 @@ def load_base(config: MixtureConfig, tasks: list[TaskData]) -> PreTrainedModel:
     return models.load_backbone(config.model, tasks[0].classes, config.seed)
 
 
-def finished_folder(config: PredictConfig) -> Path:
-    """Where the mixture is that a prediction asks: --mixture, or the one below --root. Raises UserError if there is none."""
-    folder = Path(config.mixture) if config.mixture else Path(config.root) / "Results" / "CGM_Lora" / "Models" / mixture_name(
-        [task.key for task in read_tasks(config.root)])
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"there is no finished mixture in {folder}; run {command('CGM_Lora', config)}, or give another --root "
-                        "or --mixture")
-    return folder
-
-
-def open_by_name(folder: Path, config: PredictConfig) -> ContextGatedMOE:
-    """The mixture in `folder` on --model, or on the backbone it was made on. Raises UserError if either cannot be read."""
-    try:
-        name = config.model or read_config(folder)["base_model"]
-        return ContextGatedMOE.from_pretrained(folder, models.load_backbone(name, ["any"], config.seed))
-    except MixtureError as error:
-        raise UserError(f"{error}; run {command('CGM_Lora', config)} --overwrite") from error
-
-
 def start_folder(config: MixtureConfig) -> Path:
     """Where the mixture is that --add_expert starts from: the one of the tasks whose experts are not among those added."""
     names = [task.key for task in read_tasks(config.root) if task.key not in config.added_experts()]
-    return Path(config.root) / "Results" / "CGM_Lora" / "Models" / mixture_name(names)
-
-
-def mixture_name(experts: list[str]) -> str:
-    """What the folder of a mixture of these experts is called: by all their names or, if that is too long, their number."""
-    name = f"{'_'.join(experts)}_cgm_lora"
-    return name if len(name.encode()) <= LONGEST_FOLDER else f"{len(experts)}_tasks_cgm_lora"
+    return models.mixture_folder(config.root, names)
 
 
 @torch.no_grad()

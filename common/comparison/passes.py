@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from common.cli.flags import HardwareFlags
 from common.data.tensors import ImageSet
 from common.training import distributed
-from common.training.evaluate import EVALUATION_BATCH, device_of, logits_of
+from common.training.distributed import device_of
+from common.training.evaluate import EVALUATION_BATCH, logits_of
 from common.training.memory import in_batches
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from common.data.images import BITS_BYTES
-from common.data.reading import CORES, in_order
+from common.data.hashes import BITS_BYTES
+from common.data.threads import CORES, in_order
 
 # Measured on 2,200 photos (aerial views, flowers, waste, weather), at most 160 pixels wide: two that show different things
 # differ in 60 bits or more, half of them from every other in 101 or more; the only pair below is one picture and its mirror

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image as PILImage
 
 from common.data.images import png
-from common.data.reading import in_order
 from common.data.sources import NO_SPLIT, Source
+from common.data.threads import in_order
 from common.tasks import Task
 
 AT_ONCE = 16  # images that one process draws before it hands them over

@@ -1,22 +1,14 @@
-"""One image of any kind Pillow opens: to upright RGB, and to the few bits that near-duplicates share."""
+"""One image of any kind that Pillow opens, to upright RGB."""
 
 import functools
 import io
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from PIL import ExifTags, ImageCms, ImageOps
 from PIL import Image as PILImage
-from scipy.fft import dctn
-
-HASH_SIDE = 16  # of the square of low frequencies that make up the hash
-BITS_BYTES = HASH_SIDE**2 // 8
-HASH_BYTES = BITS_BYTES + 3
-FLAT = 2  # grey levels by which a wave has to stand out: the noise of an evenly coloured image does not
+from PIL import ImageCms, ImageOps
 
 MOST_PIXELS = PILImage.MAX_IMAGE_PIXELS  # of an image: with more, Pillow takes its header for damaged or hostile
 
@@ -51,20 +43,6 @@ USUAL_TOPS = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of fractions, and
 Levels = tuple[float, float]  # the lowest and the highest grey level of images of more than 8 bits
 
 
-@dataclass
-class Read:
-    """An image as encoded upright RGB, and its perceptual hash (HASH_BYTES,) uint8.
-
-    levels: of an image of more than 8 bits of grey, which is as it was, without a hash, until it is known which levels all
-    of these have together. brightest: of one of more than 8 bits a channel, of which Pillow keeps 8, the highest level.
-    """
-
-    content: bytes
-    hash: np.ndarray | None = None
-    levels: Levels | None = None
-    brightest: int | None = None
-
-
 @functools.cache
 def image_endings() -> frozenset[str]:
     """The endings, as `.png`, of the files that the installed Pillow opens."""
@@ -72,35 +50,16 @@ def image_endings() -> frozenset[str]:
     return frozenset(end for end, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN)
 
 
-def read_image(encoded: Encoded, levels: Levels | None = None) -> Read:
-    """Read an image; one that is upright RGB already is kept byte for byte, any other becomes a PNG.
-
-    levels: what becomes 0 and 255 in one of more than 8 bits of grey. Raises DamagedImage.
-    """
-    with _opened(encoded) as (content, opened):
-        deep = re.search(";16[BLN]", str(opened.tile))  # how its pixels are stored
-        opened.load()
-        if opened.mode.startswith(("I", "F")):
-            if levels is None:
-                return Read(content, levels=_levels(opened))
-            deep = None
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        kept = opened.mode == "RGB" and not turned and not opened.has_transparency_data
-        rgb = opened if kept else to_rgb(ImageOps.exif_transpose(opened), levels)
-        brightest = max(high for _, high in rgb.getextrema()) if deep else None
-        return Read(content if kept else png(rgb), perceptual_hash(rgb), brightest=brightest)
-
-
 def open_image(encoded: Encoded) -> PILImage.Image:
     """An image as upright RGB, grey of more than 8 bits by its own levels. Raises DamagedImage."""
-    with _opened(encoded) as (_, opened):
+    with opened_image(encoded) as (_, opened):
         opened.load()
         deep = opened.mode.startswith(("I", "F"))
-        return to_rgb(ImageOps.exif_transpose(opened), common_levels([_levels(opened)]) if deep else None)
+        return to_rgb(ImageOps.exif_transpose(opened), common_levels([levels_of(opened)]) if deep else None)
 
 
 @contextmanager
-def _opened(encoded: Encoded) -> Iterator[tuple[bytes, PILImage.Image]]:
+def opened_image(encoded: Encoded) -> Iterator[tuple[bytes, PILImage.Image]]:
     """The content of an image, and what Pillow opens of it. Raises DamagedImage, whatever goes wrong in the block."""
     try:
         content = encoded if isinstance(encoded, bytes | None) else encoded.read_bytes()
@@ -118,7 +77,7 @@ def _opened(encoded: Encoded) -> Iterator[tuple[bytes, PILImage.Image]]:
         raise DamagedImage(encoded, str(error) or type(error).__name__) from error
 
 
-def _levels(image: PILImage.Image) -> Levels:
+def levels_of(image: PILImage.Image) -> Levels:
     values = np.asarray(image)
     values = values[np.isfinite(values)]
     return float(values.min(initial=0)), float(values.max(initial=0))
@@ -150,18 +109,3 @@ def png(image: PILImage.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def perceptual_hash(image: PILImage.Image) -> np.ndarray:
-    """What re-encoding, resizing and small changes leave nearly as it is: (HASH_BYTES,) uint8.
-
-    Which of the lowest frequencies of the grey image are positive, the mean left out (after pHash: Zauner 2010,
-    "Implementation and benchmarking of perceptual image hash functions"), and then the mean colour. The bits of the
-    columns 0, 2, 4 ... come first: mirroring leaves these waves as they are and changes the sign of all others.
-    """
-    grey = np.asarray(image.convert("L").resize((4 * HASH_SIDE, 4 * HASH_SIDE), PILImage.Resampling.BOX), dtype=np.float32)
-    waves = dctn(grey, norm="ortho")[:HASH_SIDE, :HASH_SIDE]
-    waves[0, 0] = 0
-    bits = np.packbits(np.stack([waves[:, ::2], waves[:, 1::2]]) > FLAT)
-    colour = np.asarray(image.resize((1, 1), PILImage.Resampling.BOX)).ravel()
-    return np.concatenate([bits, colour])

@@ -2,36 +2,38 @@
 
 import hashlib
 import os
+import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
+from PIL import ExifTags, ImageOps
 from tqdm import tqdm
 
-from common.data.images import HASH_BYTES, DamagedImage, Encoded, Levels, Read, common_levels, read_image
+from common.data.hashes import HASH_BYTES, perceptual_hash
+from common.data.images import DamagedImage, Encoded, Levels, common_levels, levels_of, opened_image, png, to_rgb
 from common.data.sources import Source
+from common.data.threads import CORES, in_order
 from common.errors import UserError
 from common.tasks import Task
 
-CORES = os.cpu_count() or 1
-AHEAD = 4 * CORES  # results that may wait for their turn
 
-In, Out = TypeVar("In"), TypeVar("Out")
+@dataclass
+class Read:
+    """An image as encoded upright RGB, and its perceptual hash (HASH_BYTES,) uint8.
 
+    levels: of an image of more than 8 bits of grey, which is as it was, without a hash, until it is known which levels all
+    of these have together. brightest: of one of more than 8 bits a channel, of which Pillow keeps 8, the highest level.
+    """
 
-def in_order(pool: Executor, function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
-    """As `pool.map`, but items are taken only as fast as results are used, so that few of both are in memory."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) == AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    content: bytes
+    hash: np.ndarray | None = None
+    levels: Levels | None = None
+    brightest: int | None = None
 
 
 class Images:
@@ -108,3 +110,22 @@ def _converted(encoded: Encoded, levels: Levels | None = None) -> tuple[Read, by
     except DamagedImage as error:
         return error
     return read, hashlib.sha256(read.content).digest()
+
+
+def read_image(encoded: Encoded, levels: Levels | None = None) -> Read:
+    """Read an image; one that is upright RGB already is kept byte for byte, any other becomes a PNG.
+
+    levels: what becomes 0 and 255 in one of more than 8 bits of grey. Raises DamagedImage.
+    """
+    with opened_image(encoded) as (content, opened):
+        deep = re.search(";16[BLN]", str(opened.tile))  # how its pixels are stored
+        opened.load()
+        if opened.mode.startswith(("I", "F")):
+            if levels is None:
+                return Read(content, levels=levels_of(opened))
+            deep = None
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        kept = opened.mode == "RGB" and not turned and not opened.has_transparency_data
+        rgb = opened if kept else to_rgb(ImageOps.exif_transpose(opened), levels)
+        brightest = max(high for _, high in rgb.getextrema()) if deep else None
+        return Read(content if kept else png(rgb), perceptual_hash(rgb), brightest=brightest)

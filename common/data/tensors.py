@@ -20,9 +20,9 @@ from common.cli.parser import command
 from common.data import pixels
 from common.data.pixels import StoredImages
 from common.data.processing import affine_of, processed, same_size
-from common.data.reading import CORES, in_order
 from common.data.sources import SPLITS
 from common.data.store import Row, fingerprint, read_manifest, read_split
+from common.data.threads import CORES, in_order
 from common.errors import UserError
 from common.files import locked, sweep, writing
 from common.tasks import Task

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or several under `accelerate launch` that share out the images and have one writer."""
+"""The device of a run, and its processes: one, or several under `accelerate launch` that share images and have one writer."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,6 +9,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from torch import Tensor
+
+from common.cli.flags import HardwareFlags
+from common.errors import UserError
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -21,6 +24,22 @@ def world_size() -> int:
 def rank() -> int:
     """Which of them this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def device_of(config: HardwareFlags) -> torch.device:
+    """The device to compute on. Raises UserError if it does not exist."""
+    if world_size() > 1:
+        if config.device not in ("auto", "cpu"):
+            raise UserError(f"--device {config.device} is one for several processes; leave it out or give --device cpu")
+        return PartialState().device
+    if config.device == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        probe = torch.zeros(1, device=config.device)
+        probe.item()  # a device without values, such as meta, is of no use
+        return probe.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {config.device} cannot be used here ({str(error).splitlines()[0]})") from error
 
 
 def on_main(function: Function) -> Function:

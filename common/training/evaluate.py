@@ -1,17 +1,16 @@
-"""The one evaluation that every script uses, the device it runs on, and features computed once."""
+"""The one evaluation that every script uses, its precision, and features computed once."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from common.cli.flags import HardwareFlags
 from common.data.tensors import ImageSet
-from common.errors import UserError
 from common.training import distributed
+from common.training.distributed import device_of
 from common.training.memory import in_batches
 from common.training.objective import CROSS_ENTROPY, Objective
 
@@ -22,22 +21,6 @@ def logits_of(model: nn.Module, inputs: Tensor) -> Tensor:
     """Logits (B, C) of an image classifier or of a plain head."""
     output = model(inputs)
     return output if isinstance(output, Tensor) else output.logits
-
-
-def device_of(config: HardwareFlags) -> torch.device:
-    """The device to compute on. Raises UserError if it does not exist."""
-    if distributed.world_size() > 1:
-        if config.device not in ("auto", "cpu"):
-            raise UserError(f"--device {config.device} is one for several processes; leave it out or give --device cpu")
-        return PartialState().device
-    if config.device == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        probe = torch.zeros(1, device=config.device)
-        probe.item()  # a device without values, such as meta, is of no use
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {config.device} cannot be used here ({str(error).splitlines()[0]})") from error
 
 
 def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextManager:

@@ -1,9 +1,8 @@
-"""What transformers' attention and peft's LoRA layers compute, computed faster in training."""
+"""What transformers' attention computes, computed faster in training."""
 
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,17 +28,3 @@ def register_attention() -> str:
     """Let transformers know `attention`; return the name to load models with."""
     AttentionInterface.register(ATTENTION, attention)
     return ATTENTION
-
-
-class LoraLinear(Linear):
-    """peft's layer y = W x + b + s B A x, with scale and sum inside the last product, in the dtype of x."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (..., d_in). Returns (..., d_out)."""
-        if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1 or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        (name,) = self.active_adapters
-        rows = x.reshape(-1, x.shape[-1])  # in two dimensions the sum is made in place, and nothing of y is copied
-        y, low = self.base_layer(rows), self.lora_A[name](self.lora_dropout[name](rows))
-        y.addmm_(low, self.lora_B[name].weight.T.to(y.dtype), alpha=self.scaling[name])
-        return y.view(*x.shape[:-1], y.shape[-1])

@@ -20,7 +20,8 @@ from common.errors import UserError
 from common.training import distributed
 from common.training.augment import flip_and_shift, moves_of
 from common.training.checkpoint import Checkpoint
-from common.training.evaluate import autocast, device_of, evaluate, logits_of
+from common.training.distributed import device_of
+from common.training.evaluate import autocast, evaluate, logits_of
 from common.training.interrupts import stopping
 from common.training.objective import CROSS_ENTROPY, Objective
 from common.training.schedule import parameter_groups

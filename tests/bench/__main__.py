@@ -14,7 +14,7 @@ from common.cli.flags import BenchmarkConfig
 from common.cli.parser import parse
 from common.errors import UserError
 from common.files import write_csv
-from common.training.evaluate import device_of
+from common.training.distributed import device_of
 from tests.bench import (
     data,
     gates,

@@ -19,6 +19,7 @@ from common.data.splits import random_split
 from common.data.tensors import ImageSet
 from common.errors import UserError
 from common.files import read_json, write_json, writing
+from common.models.lora import add_lora
 from common.provenance import tensor_fingerprint
 from common.training.evaluate import evaluate, features
 from common.training.loop import fit
@@ -83,7 +84,7 @@ def member(name: str, settings: Settings, seed: int, folder: Path) -> Member:
         train, validation, test = (features(model, sets[part], base_config) for part in ("train", "validation", "test"))
         fit(model.classifier, train, validation, base_config, f"base {name}")
         base_accuracy = _accuracy(model.classifier, test, base_config)
-        expert = models.add_lora(model, config.lora_rank, config.lora_alpha, seed)
+        expert = add_lora(model, config.lora_rank, config.lora_alpha, seed)
         fit(expert, sets["train"], sets["validation"], config, f"LoRA {name}")
         facts = {
             "made_from": made_from, "base_accuracy": base_accuracy, "accuracy": _accuracy(expert, sets["test"], config),

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import BeitConfig, BeitForImageClassification
 
 from common.cli.flags import DEMO_BACKBONE
-from common.models import add_lora, load_backbone, lora_targets
+from common.models import load_backbone
+from common.models.lora import add_lora
+from common.training.blocks import lora_targets
 from common.training.evaluate import logits_of
 from common.training.kernels import register_attention
 from ContextGatedMOE import ContextGatedMOE, Expert

@@ -1,0 +1,155 @@
+"""LoRA adapters on a backbone: new ones to train, and finished ones that become experts."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HTTPError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from common.cli.flags import RunFlags
+from common.data.tensors import TaskData
+from common.errors import UserError
+from common.models.backbones import backbone_fingerprint, load_backbone
+from common.provenance import tensor_fingerprint
+from common.tasks import Task
+from common.training.blocks import HEAD, lora_targets
+
+PEFT_PREFIX = "base_model.model."
+
+
+class LoraLinear(Linear):
+    """peft's layer y = W x + b + s B A x, with scale and sum inside the last product, in the dtype of x."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., d_in). Returns (..., d_out)."""
+        if self.disable_adapters or self.merged or self.lora_variant or len(self.active_adapters) != 1 or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        rows = x.reshape(-1, x.shape[-1])  # in two dimensions the sum is made in place, and nothing of y is copied
+        y, low = self.base_layer(rows), self.lora_A[name](self.lora_dropout[name](rows))
+        y.addmm_(low, self.lora_B[name].weight.T.to(y.dtype), alpha=self.scaling[name])
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftModel:
+    """Put a LoRA adapter on every linear layer of every block; the head is trained and saved with it."""
+    targets = lora_targets(model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=[HEAD])
+    config._register_custom_module({nn.Linear: LoraLinear})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    config.target_modules = targets  # peft has made a set of them, which each process would write in another order
+    return adapted
+
+
+@dataclass
+class Adapter:
+    """A finished peft LoRA adapter, as it was stored. place: where, for messages."""
+
+    place: str
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its tensors and scaling."""
+        settings = {name: getattr(self.config, name) for name in ("r", "lora_alpha", "alpha_pattern", "use_rslora")}
+        return hashlib.sha256(f"{tensor_fingerprint(self.tensors)} {settings}".encode()).hexdigest()
+
+
+def read_adapters(sources: dict[str, str], tasks: list[Task]) -> dict[str, Adapter]:
+    """The finished adapters of `--expert`: key of the task -> adapter. Raises UserError if one cannot be an expert."""
+    keys = [task.key for task in tasks]
+    for name in sources:
+        if name not in keys:
+            raise UserError(f"--expert {name}=...: there is no task {name}; the tasks are {', '.join(keys)}")
+    return {name: read_adapter(name, source) for name, source in sources.items()}
+
+
+def read_adapter(name: str, source: str) -> Adapter:
+    """Read the adapter of `--expert NAME=SOURCE`: a folder, or OWNER/NAME[@REVISION][:SUBFOLDER] on the Hub.
+
+    Raises UserError if there is none, or one that is more than low-rank updates of weights.
+    """
+    place, on_hub = f"--expert {name}={source}", re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(.+))?", source)
+    where, hub = source, {}
+    if on_hub and not Path(source).exists():
+        where, hub = on_hub[1], {key: on_hub[i] for key, i in (("revision", 2), ("subfolder", 3)) if on_hub[i]}
+    try:
+        config = PeftConfig.from_pretrained(where, **hub)
+        tensors = load_peft_weights(where, device="cpu", **hub)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, HTTPError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: there is no peft adapter that can be read ({reason}); check the name and the network, or "
+                        "give a folder with adapter_config.json and adapter_model.safetensors") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{place} is a {config.peft_type} adapter; only LoRA adapters can be experts")
+    if config.use_dora or config.bias != "none" or config.lora_bias:
+        raise UserError(f"{place} has DoRA or biases; only low-rank updates of weights can be mixed: train it without")
+    return Adapter(place, config, tensors)
+
+
+def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
+    """The backbone with a finished adapter and its head as the expert of a task.
+
+    Layers have the names of the installed transformers, whatever those were that the adapter was trained with. Raises UserError
+    if it was trained on another backbone, has other layers than linear ones of this, or no head for the task's classes.
+    """
+    model = load_backbone(config.model, data.classes, config.seed)
+    _check_base(config, data, adapter, backbone_fingerprint(model))
+    renamings = [part for part in get_model_conversion_mapping(model) if isinstance(part, WeightRenaming)]
+    tensors, old_names = {}, {}
+    for key, tensor in adapter.tensors.items():
+        old = key.removeprefix(PEFT_PREFIX)
+        new = rename_source_key(old, renamings, [])[0]
+        tensors[PEFT_PREFIX + new], old_names[new.partition(".lora_")[0]] = tensor, old.partition(".lora_")[0]
+    ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PEFT_PREFIX}{HEAD}.weight")
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        layer = layers.get(name)
+        if part in ("A.weight", "B.weight"):
+            fits = isinstance(layer, nn.Linear) and tensor.shape[part == "A.weight"] == layer.weight.shape[part == "A.weight"]
+            ranks[name] = tensor.shape[part == "B.weight"]
+        else:
+            fits = name.rpartition(".")[0] == HEAD
+        if not fits:
+            raise UserError(f"{adapter.place} does not fit --model {config.model}: {key.removeprefix(PEFT_PREFIX)} is of no "
+                            "linear layer there, or of one of another size; give the --model it was trained on")
+    if head is None or len(head) != len(data.classes):
+        has = "no head of its own" if head is None else f"a head for {len(head)} classes"
+        raise UserError(f"{adapter.place} has {has}, where the task has {len(data.classes)} classes; train it with "
+                        f"modules_to_save=['{HEAD}'] on the task's classes")
+    alphas = {new: adapter.config.alpha_pattern.get(get_pattern_key(adapter.config.alpha_pattern, old_names[new]),
+                                                    adapter.config.lora_alpha) for new in ranks}
+    adopted = get_peft_model(model, LoraConfig(
+        r=adapter.config.r, lora_alpha=adapter.config.lora_alpha, use_rslora=adapter.config.use_rslora, rank_pattern=ranks,
+        alpha_pattern=alphas, target_modules=list(ranks), modules_to_save=[HEAD]))
+    adopted.peft_config["default"].target_modules = list(ranks)  # a set would be written in another order every time
+    set_peft_model_state_dict(adopted, tensors)
+    return adopted
+
+
+def _check_base(config: RunFlags, data: TaskData, adapter: Adapter, backbone: str) -> None:
+    """Raise UserError if an adapter says that it was trained on another backbone: one of another name or of other weights."""
+    stated = adapter.config.base_model_name_or_path
+    if not stated or stated == config.model:
+        return
+    if Path(stated).is_dir():
+        same = backbone_fingerprint(load_backbone(stated, data.classes, config.seed)) == backbone
+    else:
+        same = Path(stated).name == Path(config.model).name
+    if not same:
+        raise UserError(f"{adapter.place} was trained on {stated}, not on {config.model}; give --model {stated}")
