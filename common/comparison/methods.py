@@ -22,6 +22,7 @@ from common.cli.parser import command
 from common.data.tensors import TaskData, together
 from common.files import read_json
 from common.models.lora import add_lora
+from common.training.blocks import HEAD
 from common.training.checkpoint import Checkpoint
 from common.training.loop import fit
 from common.training.objective import JointObjective
@@ -79,7 +80,7 @@ def headless(config: MixtureConfig, tasks: list[TaskData]) -> Iterator[list[str]
             source, target = models.lora_folder(config, data.task), Path(top) / data.task.key
             target.mkdir()
             tensors = load_file(source / ADAPTER_FILES[0])
-            kept = {key: tensor for key, tensor in tensors.items() if f".{models.HEAD}." not in key}
+            kept = {key: tensor for key, tensor in tensors.items() if f".{HEAD}." not in key}
             save_file(kept, target / ADAPTER_FILES[0])
             settings = json.loads((source / ADAPTER_FILES[1]).read_text(encoding="utf-8"))
             (target / ADAPTER_FILES[1]).write_text(json.dumps({**settings, "modules_to_save": None}), encoding="utf-8")

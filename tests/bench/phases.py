@@ -18,7 +18,7 @@ CALLS = [
     ("training/evaluate.py", "evaluate", "evaluation"), ("training/evaluate.py", "features", "evaluation"),
     ("training/loop.py", "fit", "training"), ("results/plotting.py", None, "plots"), ("common/data/", None, "data"),
     ("training/checkpoint.py", None, "files"), ("common/files.py", None, "files"), ("results/folder.py", None, "files"),
-    ("common/models.py", "save", "files"), ("common/models.py", None, "models"),
+    ("common/models/stored.py", "save", "files"), ("common/models/", None, "models"),
     ("<frozen importlib._bootstrap>", None, "import"),
 ]
 PHASES = ["import", "data", "models", "training", "evaluation", "plots", "files", "other"]
