@@ -129,8 +129,8 @@ def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProces
         pixels = processor(images, return_tensors="pt").pixel_values
         return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), damaged
 
-    workers, threads = min(CORES, MOST_WORKERS), torch.get_num_threads()
-    batches = (paths[start : start + BATCH] for start in range(0, len(paths), BATCH))
+    batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
+    workers, threads = min(CORES, MOST_WORKERS, len(batches)), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
         with ThreadPoolExecutor(workers) as pool:
