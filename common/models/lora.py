@@ -43,6 +43,7 @@ class LoraLinear(Linear):
         y.addmm_(low, self.lora_B[name].weight.T.to(y.dtype), alpha=self.scaling[name])
         return y.view(*x.shape[:-1], y.shape[-1])
 
+
 def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftModel:
     """Put a LoRA adapter on every linear layer of every block; the head is trained and saved with it."""
     targets = lora_targets(model)

@@ -19,7 +19,7 @@ from common.tasks import Task
 from common.training.blocks import HEAD
 from common.training.distributed import on_main
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing `datasets` takes a second, and who only opens a model needs none of it
     from common.data.tensors import TaskData
 
 LONGEST_FOLDER = 200  # bytes, of 255 that a name may have: files are written aside under longer ones
