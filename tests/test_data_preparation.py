@@ -12,9 +12,9 @@ from pipeline import hashes
 from common.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_folders(tmp_path_factory.mktemp("images") / "FireRisk")
+@pytest.fixture
+def images(tmp_path):
+    return write_folders(tmp_path / "images" / "FireRisk")
 
 
 @pytest.fixture
@@ -22,57 +22,51 @@ def root(tmp_path):
     return tmp_path / "root"
 
 
-def test_classes_are_taken_in_the_given_order(images, root):
-    wanted = ["water", "low", "very_high"]
-    assert prepared(root, images, "--fire_classes", *wanted)["classes"] == wanted
-    assert opened(root)["test"].features["label"].names == wanted
-    assert {FIRE_CLASSES[label] for label, _ in all_identities(root)} == set(wanted)
-    assert prepared(root / "all", images, "--fire_classes", "all")["classes"] == FIRE_CLASSES
-
-
-def test_classes_and_numbers_that_cannot_be_had_are_refused(images, root):
+def test_classes_are_taken_in_the_given_order_and_what_cannot_be_had_is_refused(images, root):
     for flags, message in ((["--fire_classes", "low", "lava"], "no class 'lava'; there are high, low, moderate"),
                            (["--fire_classes", "low", "low"], "needs two or more different classes"),
                            (["--images_per_class", "13"], "class 'high' of fire risk has 12 images, fewer than 13")):
         with pytest.raises(UserError, match=message):
             prepared(root, images, *flags)
         assert left_in(root) == []
+    wanted = ["water", "low", "very_high"]
+    assert prepared(root, images, "--fire_classes", *wanted)["classes"] == wanted
+    assert opened(root)["test"].features["label"].names == wanted
+    assert {FIRE_CLASSES[label] for label, _ in all_identities(root)} == set(wanted)
 
 
-def test_the_seed_decides_and_prepared_data_need_no_source(tmp_path):
+def test_the_seed_decides_and_prepared_data_need_no_source(tmp_path, images):
     """The same bytes of one seed, of another another choice; then the source may go, and the same settings do nothing."""
-    source = write_folders(tmp_path / "source")
-    found = {name: prepared(tmp_path / name, source, "--seed", name[0]) for name in ("7", "7 again", "8")}
+    found = {name: prepared(tmp_path / name, images, "--seed", name[0]) for name in ("7", "7 again", "8")}
     assert hashes(tmp_path / "7") == hashes(tmp_path / "7 again")
     assert found["7"]["fingerprint"] != found["8"]["fingerprint"]
     assert set(all_identities(tmp_path / "7")) != set(all_identities(tmp_path / "8"))
     before = {path: path.stat().st_mtime_ns for path in left_in(tmp_path / "7")}
-    shutil.rmtree(source)
-    assert prepared(tmp_path / "7", source, "--seed", "7") == found["7"] and len(all_identities(tmp_path / "7")) == 40
+    shutil.rmtree(images)
+    assert prepared(tmp_path / "7", images, "--seed", "7") == found["7"] and len(all_identities(tmp_path / "7")) == 40
     assert {path: path.stat().st_mtime_ns for path in left_in(tmp_path / "7")} == before
     path = tmp_path / "7" / "fire_dataset" / "manifest.json"  # as an earlier version wrote it, without what came later
     manifest = {key: value for key, value in found["7"].items() if key not in ("hub_choice", "own_splits")}
     path.write_text(json.dumps(manifest))
-    assert prepared(tmp_path / "7", source, "--seed", "7") == manifest
+    assert prepared(tmp_path / "7", images, "--seed", "7") == manifest
 
 
-def test_damaged_images_can_be_left_out(tmp_path, root):
+def test_damaged_images_can_be_left_out(images, root):
     """With --skip_damaged the others are taken, and how many were left out is kept; a class may get too few."""
-    source = write_folders(tmp_path / "source")
     for name, index in (("low", 3), ("low", 4), ("moderate", 0)):
-        (source / name / f"{index:02d}.png").write_bytes(png(1, index)[:50])
-    manifest = prepared(root, source, "--skip_damaged", count="all")
+        (images / name / f"{index:02d}.png").write_bytes(png(1, index)[:50])
+    manifest = prepared(root, images, "--skip_damaged", count="all")
     assert (manifest["damaged"], sum(manifest["images"].values())) == (3, 4 * PER_CLASS - 3)
     assert Counter(label for label, _ in all_identities(root)) == {0: 12, 1: 10, 2: 11, 3: 12}
-    for path in list((source / "low").iterdir())[:7]:
+    for path in list((images / "low").iterdir())[:7]:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="class 'low' has only [0-5] images that are not damaged"):
-        prepared(tmp_path / "other", source, "--skip_damaged", count="all")
-    assert left_in(tmp_path / "other") == []
+        prepared(root / "other", images, "--skip_damaged", count="all")
+    assert left_in(root / "other") == []
 
 
-def test_other_settings_are_refused_by_name(images, root, tmp_path):
-    """What was made is kept, and the line names the setting and --overwrite; so it is when the new source is refused."""
+def test_what_is_there_is_replaced_only_with_overwrite(images, root, tmp_path):
+    """The line names the setting; what was made is kept even then when the new source is refused, and a folder of others."""
     prepared(root, images)
     before = hashes(root)
     for flags, setting in ((["--seed", "4"], "seed"), (["--images_per_class", "6"], "images_per_class"),
@@ -81,24 +75,18 @@ def test_other_settings_are_refused_by_name(images, root, tmp_path):
                            (["--hub_choice", "uniform"], "hub_choice")):
         with pytest.raises(UserError, match=f"was made with {setting} = .*--overwrite"):
             prepared(root, images, *flags)
+    (images / "low" / "03.png").write_bytes(b"cut")
     with pytest.raises(UserError, match="damaged"):
-        source = write_folders(tmp_path / "source")
-        (source / "low" / "03.png").write_bytes(b"cut")
-        prepared(root, source, "--overwrite", count="all")
+        prepared(root, images, "--overwrite", count="all")
     assert hashes(root) == before
-
-
-def test_overwrite_makes_it_anew(tmp_path, root):
-    """From what the source holds now, with nothing of the old left; a folder of someone else's is replaced only so."""
-    (root / "fire_dataset").mkdir(parents=True)
-    (root / "fire_dataset" / "mine.txt").write_text("mine")
+    (root / "fire_dataset" / "manifest.json").unlink()
     source = one_parquet(tmp_path)
     with pytest.raises(UserError, match="did not make it; add --overwrite"):
         prepared(root, source)
-    assert (root / "fire_dataset" / "mine.txt").read_text() == "mine"
+    assert hashes(root).items() < before.items()
     prepared(root, source, "--overwrite")
     write_parquet(source, image_dataset(FIRE_CLASSES, 6))
+    (root / "fire_dataset" / "mine.txt").write_text("mine")
     prepared(root, source, "--overwrite", count="all")
-    assert len(all_identities(root)) == 24
-    assert sorted(path.name for path in root.iterdir()) == ["fire_dataset"]
+    assert len(all_identities(root)) == 24 and [path.name for path in root.iterdir()] == ["fire_dataset"]
     assert not (root / "fire_dataset" / "mine.txt").exists()

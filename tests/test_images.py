@@ -3,23 +3,25 @@
 import io
 
 import numpy as np
-import pytest
 from datasets import Image
 from image_sources import opened, prepared, write_folders
 from PIL import Image as PILImage
 
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "root"
-
-
-def encoded(mode, pixel, file_format, **save):
-    """An 8 x 8 image of one pixel value."""
-    image = PILImage.new(mode, (8, 8), pixel)
-    if mode == "P":
-        image.putpalette([255, 0, 0, 0, 0, 255])
-    return saved(image, file_format, **save)
+COLOURS = [  # mode, pixel, file format, whether that pixel is transparent, and what is to be seen of it
+    ("1", 1, "PNG", False, (255, 255, 255)),
+    ("L", 77, "PNG", False, (77, 77, 77)),
+    ("P", 1, "PNG", False, (0, 0, 255)),
+    ("P", 1, "PNG", True, (255, 255, 255)),
+    ("P", 1, "GIF", False, (0, 0, 255)),
+    ("RGBA", (255, 0, 0, 128), "PNG", False, (255, 127, 127)),
+    ("LA", (50, 0), "PNG", False, (255, 255, 255)),
+    ("I;16", 0x8000, "PNG", False, (128, 128, 128)),
+    ("I;16", 0x4000, "TIFF", False, (64, 64, 64)),
+    ("CMYK", (255, 0, 0, 0), "TIFF", False, (0, 255, 255)),
+    ("CMYK", (255, 0, 0, 0), "JPEG", False, (0, 255, 255)),
+    ("RGB", (9, 99, 199), "PNG", True, (255, 255, 255)),
+    ("LAB", (255, 128, 128), "TIFF", False, (255, 255, 255)),
+]
 
 
 def saved(image, file_format, **save):
@@ -28,71 +30,51 @@ def saved(image, file_format, **save):
     return buffer.getvalue()
 
 
-def decoded(root, folder, images):
+def decoded(top, images):
     """What becomes of these images, each five times as a class of its own: class -> the prepared image."""
     for name, content in images.items():
-        (folder / name).mkdir(parents=True)
+        (top / "source" / name).mkdir(parents=True)
         for number in range(5):
-            (folder / name / f"{number}.png").write_bytes(content)
-    write_folders(folder, ["~"], 5)
-    prepared(root, folder, "--fire_classes", "all", count="all")
-    data = opened(root)["train"]
+            (top / "source" / name / f"{number}.png").write_bytes(content)
+    write_folders(top / "source", ["~"], 5)
+    prepared(top, top / "source", "--fire_classes", "all", count="all")
+    data = opened(top)["train"]
     return {data.features["label"].names[row["label"]]: row["image"] for row in data}
 
 
-COLOURS = {
-    "1": (encoded("1", 1, "PNG"), (255, 255, 255)),
-    "L": (encoded("L", 77, "PNG"), (77, 77, 77)),
-    "P": (encoded("P", 1, "PNG"), (0, 0, 255)),
-    "P transparent": (encoded("P", 1, "PNG", transparency=1), (255, 255, 255)),
-    "RGBA clear": (encoded("RGBA", (9, 99, 199, 0), "PNG"), (255, 255, 255)),
-    "RGBA half": (encoded("RGBA", (255, 0, 0, 128), "PNG"), (255, 127, 127)),
-    "LA clear": (encoded("LA", (50, 0), "PNG"), (255, 255, 255)),
-    "I;16": (encoded("I;16", 0x8000, "PNG"), (128, 128, 128)),
-    "CMYK": (encoded("CMYK", (255, 0, 0, 0), "TIFF"), (0, 255, 255)),
-    "CMYK JPEG": (encoded("CMYK", (255, 0, 0, 0), "JPEG"), (0, 255, 255)),
-    "I;16 TIFF": (encoded("I;16", 0x4000, "TIFF"), (64, 64, 64)),
-    "RGB clear": (encoded("RGB", (9, 99, 199), "PNG", transparency=(9, 99, 199)), (255, 255, 255)),
-    "LAB": (encoded("LAB", (255, 128, 128), "TIFF"), (255, 255, 255)),
-    "GIF": (encoded("P", 1, "GIF"), (0, 0, 255)),
-}
-
-
-def test_every_mode_becomes_rgb_of_its_colour(tmp_path, root):
-    """Transparency goes over white, 16 bits are scaled to 8."""
-    images = decoded(root, tmp_path / "source", {name: content for name, (content, _) in COLOURS.items()})
-    for name, (_, wanted) in COLOURS.items():
-        assert images[name].mode == "RGB", name
-        assert np.abs(np.asarray(images[name]).astype(int) - wanted).max() <= 1, name
+def test_every_image_becomes_upright_rgb_of_its_colour_and_rgb_files_are_kept_byte_for_byte(tmp_path):
+    """Transparency goes over white, 16 bits are scaled to 8; a JPEG is not encoded a second time."""
+    files = {}
+    for number, (mode, pixel, file_format, clear, _) in enumerate(COLOURS):
+        image = PILImage.new(mode, (8, 8), pixel)
+        if mode == "P":
+            image.putpalette([255, 0, 0, 0, 0, 255])
+        files[str(number)] = saved(image, file_format, **{"transparency": pixel} if clear else {})
+    stored = PILImage.new("RGB", (8, 4), "blue")
+    stored.paste("red", (0, 0, 4, 4))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # what is stored on the left is shown at the top
+    files["turned"] = saved(stored, "PNG", exif=exif)
+    files["photo"] = saved(PILImage.effect_noise((16, 16), 80).convert("RGB"), "JPEG")
+    images = decoded(tmp_path, files)
+    for number, (*kind, wanted) in enumerate(COLOURS):
+        image = images[str(number)]
+        assert image.mode == "RGB" and np.abs(np.asarray(image).astype(int) - wanted).max() <= 1, kind
+    assert images["turned"].size == (4, 8) and images["turned"].getexif().get(0x0112, 1) == 1
+    shown = np.asarray(images["turned"])
+    assert (shown[:4] == (255, 0, 0)).all() and (shown[4:] == (0, 0, 255)).all()
+    rows = opened(tmp_path)["train"].cast_column("image", Image(decode=False))
+    assert files["photo"] in {row["image"]["bytes"] for row in rows}
 
 
 def test_grey_of_more_than_8_bits_has_one_range_in_the_whole_set(tmp_path, capsys):
     """That of the data: 12 bits in a file of 16 become 8, equal levels in all images alike; fractions and negatives too."""
     ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
-    for number, (scale, told) in enumerate((
-        (lambda values: values, "0 to 4095"), (lambda values: values * 16, "0 to 65535"),
-        (lambda values: (values / 4095).astype(np.float32), "0 to 1"),
-        (lambda values: (values / 2047.5 - 1).astype(np.float32), "-1 to 1"),
-    )):
-        half = scale(np.full((64, 64), 2048, dtype=np.uint16))
-        files = {"half": saved(PILImage.fromarray(half), "TIFF"), "ramp": saved(PILImage.fromarray(scale(ramp)), "TIFF")}
-        images = decoded(tmp_path / f"root{number}", tmp_path / f"source{number}", files)
+    for scale, told in ((lambda values: values, "0 to 4095"), (lambda values: values * 16, "0 to 65535"),
+                        (lambda values: (values / 2047.5 - 1).astype(np.float32), "-1 to 1")):
+        levels = {"half": scale(np.full((64, 64), 2048, dtype=np.uint16)), "ramp": scale(ramp)}
+        images = decoded(tmp_path / told, {name: saved(PILImage.fromarray(image), "TIFF") for name, image in levels.items()})
         shown = np.asarray(images["ramp"])[..., 0]
         assert (shown.min(), shown.max(), len(np.unique(shown))) == (0, 255, 256), told
         assert (np.asarray(images["half"]) == shown[32, 0]).all() and shown[32, 0] in (127, 128), told
         assert f"grey levels {told} of 10 images became 0 to 255" in capsys.readouterr().out
-
-
-def test_a_turned_photo_is_put_upright_and_rgb_files_are_kept_byte_for_byte(tmp_path, root):
-    """EXIF orientation 6: what is stored on the left is shown at the top. A JPEG is not encoded a second time."""
-    stored = PILImage.new("RGB", (8, 4), "blue")
-    stored.paste("red", (0, 0, 4, 4))
-    exif = PILImage.Exif()
-    exif[0x0112] = 6
-    photo = saved(PILImage.effect_noise((16, 16), 80).convert("RGB"), "JPEG")
-    image = decoded(root, tmp_path / "source", {"turned": saved(stored, "PNG", exif=exif), "photo": photo})["turned"]
-    assert image.size == (4, 8) and image.getexif().get(0x0112, 1) == 1
-    assert image.getpixel((0, 0)) == image.getpixel((3, 3)) == (255, 0, 0)
-    assert image.getpixel((0, 4)) == image.getpixel((3, 7)) == (0, 0, 255)
-    rows = opened(root)["train"].cast_column("image", Image(decode=False))
-    assert photo in {row["image"]["bytes"] for row in rows}
