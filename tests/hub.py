@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
@@ -38,9 +38,9 @@ def png(label: int, index: int) -> bytes:
 
 
 def noisy_png(label: int, index: int) -> bytes:
-    """A PNG of noise, about 8 KB, whose corner is of that colour; what is beyond 255 of `index` is below the corner."""
+    """A PNG of noise, about 8 KB, whose corner is of that colour."""
     pixels = np.random.default_rng([label, index]).integers(0, 256, (52, 52, 3), dtype=np.uint8)
-    pixels[0, 0], pixels[1, 0] = colour(label, index % 256), index // 256
+    pixels[0, 0] = colour(label, index)
     buffer = io.BytesIO()
     PILImage.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -80,8 +80,8 @@ class Hub(ThreadingHTTPServer):
 
     gated: repositories that answer 401. server_errors: how many of the next requests answer 500. cuts: by file name,
     how many of its next downloads break off after half the bytes. most_bytes: after so many bytes of Parquet there is only
-    500. requests: (method, path) of all so far. served: by file name, how many bytes have been sent. earlier: what repositories
-    held before an upload, by (name, commit).
+    500. requests: paths of all so far. served: by file name, how many bytes have been sent. earlier: what repositories held
+    before an upload, by (name, commit).
     """
 
     daemon_threads = True
@@ -95,7 +95,7 @@ class Hub(ThreadingHTTPServer):
         self.most_bytes = math.inf
         self.cuts: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
-        self.requests: list[tuple[str, str]] = []
+        self.requests: list[str] = []
         self.lock = threading.Lock()
 
     @property
@@ -125,36 +125,25 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # which would hold a body back for 40 ms
     server: Hub
-    api = re.compile(r"/api/(models/|datasets/)([^/]+/[^/]+)(?:/(tree|revision)/([^/]+)/?(.*))?")
-    resolve = re.compile(r"/(datasets/|)([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-    large = re.compile(r"/large/(datasets/|)([^/]+/[^/]+)/(.+)")
+    resolve = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+    api = re.compile(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/(?:revision|(tree))/([^/]+)/?(.*))?")
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        self.server.requests.append((self.command, self.path))
+        self.server.requests.append(self.path)
         path = unquote(url.path)
         if self.server.server_errors > 0:
             self.server.server_errors -= 1
             self.answer(500)
         elif found := self.resolve.fullmatch(path):
-            kind, name, revision, file = found.groups()
-            if (files := self.repo(kind + name, revision)) is None:
-                return
-            if file.endswith(".parquet") and file in files:  # the Hub keeps large files elsewhere
-                self.answer(302, {"Location": f"http://{self.headers['Host']}/large/{kind}{name}/{quote(file)}"})
-            else:
+            name, revision, file = found.groups()
+            if files := self.repo(name, revision):
                 self.file(files, file)
-        elif found := self.large.fullmatch(path):
-            kind, name, file = found.groups()
-            if self.server.parquet_bytes < self.server.most_bytes:
-                self.file(self.server.repos[kind + name], file)
-            else:
-                self.answer(500)
         elif found := self.api.fullmatch(path):
-            kind, name, what, revision, folder = found.groups()
-            if (files := self.repo(kind.removeprefix("models/") + name, revision or "main")) is None:
+            name, tree, revision, folder = found.groups()
+            if not (files := self.repo(name, revision or "main")):
                 return
-            if what == "tree":
+            if tree:
                 self.tree(files, folder, "recursive=true" in url.query.lower())
             else:
                 self.json({"id": name, "sha": commit(files), "siblings": [{"rfilename": path} for path in files]})
@@ -181,37 +170,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     def file(self, files: Files, path: str) -> None:
         if path not in files:
-            self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(files)})
-            return
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit(files)})
+        if path.endswith(".parquet") and self.server.parquet_bytes >= self.server.most_bytes:
+            return self.answer(500)
         body = files[path]
         headers = {"ETag": f'"{oid(body)}"', "X-Repo-Commit": commit(files), "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        status = 206 if wanted else 200
         if wanted:
             start, end = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(body)}"
             body = body[start : end + 1]
         cut = self.command == "GET" and self.server.cuts[path] > 0
         self.server.cuts[path] -= cut
-        with self.server.lock:
-            self.server.served[path] += len(body) // 2 if cut else len(body)
-        self.answer(status, headers, body, cut)
+        if self.command == "GET":
+            with self.server.lock:
+                self.server.served[path] += len(body) // 2 if cut else len(body)
+        return self.answer(206 if wanted else 200, headers, body, cut)
 
     def tree(self, files: Files, folder: str, recursive: bool) -> None:
+        """The files and folders in a folder, or in all below it as well."""
         inside = f"{folder}/" if folder else ""
-        entries = {}
-        for path in sorted(path for path in files if path.startswith(inside)):
-            parts = path.removeprefix(inside).split("/")
-            for parent in (
-                inside + "/".join(parts[:depth]) for depth in range(1, len(parts) if recursive else min(len(parts), 2))
-            ):
-                entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": oid(parent.encode())}
-            if recursive or len(parts) == 1:
-                entries[path] = {"type": "file", "path": path, "size": len(files[path]), "oid": oid(files[path])}
-        if folder and not entries:
-            self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        else:
-            self.json(list(entries.values()))
+        paths = {*files, *(str(parent) for path in files for parent in PurePosixPath(path).parents if parent.name)}
+        self.json([{"type": "file" if path in files else "directory", "path": path, "size": len(files.get(path, b"")),
+                    "oid": oid(files.get(path, path.encode()))} for path in sorted(paths)
+                   if path.startswith(inside) and (recursive or "/" not in path.removeprefix(inside))])
 
     def json(self, content: object) -> None:
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
