@@ -3,8 +3,8 @@
 import zipfile
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
-from hub import FIRE_CLASSES, colour, dataset_repo, image_dataset, png
+from datasets import Dataset, Features, Value, load_from_disk
+from hub import FIRE_CLASSES, colour, image_dataset, png
 
 import Data_Preparation
 from common.cli.flags import PreparationConfig
@@ -17,6 +17,7 @@ PROJECT = Path(__file__).parents[1]
 SCRIPT = "Data_Preparation.py"
 FIRE = DOCUMENTED[0]
 PER_CLASS = 12  # images of each class in every source
+IMAGES = [(label, index) for label in range(len(FIRE_CLASSES)) for index in range(PER_CLASS)]
 
 
 def prepared(root, source, *flags, count=10):
@@ -38,18 +39,14 @@ def opened(root, key="fire"):
     return load_from_disk(str(root / f"{key}_dataset"))
 
 
-def identities(split, classes=FIRE_CLASSES):
-    """Which source image every row is, by its colour; each must be of the class its label names."""
-    known = {colour(label, index): (label, index) for label in range(len(classes)) for index in range(PER_CLASS)}
-    found = [known[image.getpixel((0, 0))] for image in split["image"]]
-    names = split.features["label"].names
-    assert [classes[label] for label, _ in found] == [names[label] for label in split["label"]]
-    return found
-
-
 def all_identities(root, key="fire", classes=FIRE_CLASSES):
-    """Which source images all splits hold together; none may be there twice."""
-    found = [identity for split in opened(root, key).values() for identity in identities(split, classes)]
+    """Which source images all splits hold together, by their colours: each once, and of the class its label names."""
+    known = {colour(label, index): (label, index) for label in range(len(classes)) for index in range(PER_CLASS)}
+    found = []
+    for split in opened(root, key).values():
+        found += [known[image.getpixel((0, 0))] for image in split["image"]]
+        names = split.features["label"].names
+        assert [classes[label] for label, _ in found[-len(split):]] == [names[label] for label in split["label"]]
     assert len(found) == len(set(found))
     return found
 
@@ -80,23 +77,15 @@ def write_parquet(path, dataset):
     return path
 
 
-def parquet_folder(folder):
-    for path, content in dataset_repo(FIRE_CLASSES, PER_CLASS, 3).items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    return folder
-
-
 def one_parquet(folder):
     return write_parquet(folder / "all.parquet", image_dataset(FIRE_CLASSES, PER_CLASS))
 
 
 def parquet_without_metadata(folder):
     """A Parquet file that others wrote: image bytes and class names, nothing that `datasets` knows by itself."""
-    rows = [(png(label, index), name) for label, name in enumerate(FIRE_CLASSES) for index in range(PER_CLASS)]
+    columns = {"image": [png(*image) for image in IMAGES], "label": [FIRE_CLASSES[label] for label, _ in IMAGES]}
     features = Features({"image": Value("binary"), "label": Value("string")})
-    table = Dataset.from_dict({"image": [row[0] for row in rows], "label": [row[1] for row in rows]}, features=features)
-    return write_parquet(folder / "bare.parquet", table)
+    return write_parquet(folder / "bare.parquet", Dataset.from_dict(columns, features=features))
 
 
 def zipped(folder):
@@ -125,19 +114,12 @@ def saved_dataset(folder):
     return folder
 
 
-def saved_dict(folder):
-    dataset = image_dataset(FIRE_CLASSES, PER_CLASS)
-    DatasetDict({"train": dataset.select(range(50)), "test": dataset.select(range(50, len(dataset)))}).save_to_disk(folder)
-    return folder
-
-
 def metadata_csv(folder):
     (folder / "images").mkdir(parents=True)
     rows = ["file_name,label"]
-    for label, name in enumerate(FIRE_CLASSES):
-        for index in range(PER_CLASS):
-            (folder / "images" / f"{label}_{index:02d}.png").write_bytes(png(label, index))
-            rows.append(f"images/{label}_{index:02d}.png,{name}")
+    for label, index in IMAGES:
+        rows.append(f"images/{label}_{index:02d}.png,{FIRE_CLASSES[label]}")
+        (folder / f"images/{label}_{index:02d}.png").write_bytes(png(label, index))
     (folder / "metadata.csv").write_text("\n".join(rows), encoding="utf-8-sig")
     return folder
 
