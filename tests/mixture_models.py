@@ -1,19 +1,22 @@
 """Tiny base models, random experts in memory and adapters on disk, and mixtures of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ContextGatedMOE import ContextGatedMOE, Expert
+from ContextGatedMOE import ContextGatedMOE, Expert, MixtureError
 
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 VISION = dict(SMALL, image_size=16, patch_size=8, num_labels=3)
 TEXT = dict(SMALL, vocab_size=40, max_position_embeddings=32)
+CLASSES = {"a": ["x", "y"], "b": ["x", "z", "u", "v", "w"], "c": ["only"]}
 
 
 class Plain(nn.Module):
@@ -36,7 +39,7 @@ class Plain(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny base model: how to build it, what to feed it, and how its layers are called."""
+    """A tiny base model: how to build it, what to feed it, and how its layers are called; and mixtures on it."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
@@ -56,22 +59,104 @@ class Case:
         torch.manual_seed(100 + seed)
         return self.inputs(size)
 
+    def labelled(self, seed: int, classes: int, size: int = 24) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Images of one expert in batches of several sizes, with labels that they tell of."""
+        labels = torch.arange(size) % classes
+        inputs = self.batch(size, seed)
+        for name, tensor in inputs.items():
+            if tensor.is_floating_point():
+                shift = (labels + 3 * seed).view(-1, *[1] * (tensor.ndim - 1))
+                inputs[name] = tensor + torch.sin(shift * torch.arange(tensor.shape[-1])) * 2
+        return [(rows(inputs, chosen.tolist()), labels[chosen]) for chosen in torch.arange(size).split(7)]
+
+    def images(self) -> dict[str, list]:
+        """Labelled images of every expert of a joint mixture."""
+        return {name: self.labelled(number, len(own)) for number, (name, own) in enumerate(CLASSES.items())}
+
+    def experts(self, names: Sequence[str] = "abc", sizes: Sequence[int] = ()) -> list[Expert]:
+        """Experts of random tensors, of ranks 1, 2, 3 ..., of which every second adapts fewer layers.
+
+        sizes: number of classes of each, which then has a head of its own.
+        """
+        torch.manual_seed(500)
+        layers = {name: layer for name, layer in self.build().named_modules() if isinstance(layer, nn.Linear)}
+        made = []
+        for number, name in enumerate(names):
+            wanted = self.first if number % 2 else (*self.first, *self.second)
+            updates = {
+                layer: (torch.randn(number + 1, module.in_features) * 0.3, torch.randn(module.out_features, number + 1) * 0.3)
+                for layer, module in layers.items() if f".{layer}".endswith(tuple(f".{end}" for end in wanted))
+            }
+            width = layers[self.head].in_features
+            heads = {self.head: (torch.randn(sizes[number], width), torch.randn(sizes[number]))} if sizes else {}
+            made.append(Expert(name, updates, heads))
+        return made
+
+    def joint_experts(self) -> list[Expert]:
+        """Experts of which each has its own classes."""
+        return self.experts(list(CLASSES), [len(own) for own in CLASSES.values()])
+
+    def joint(self, fit: bool = False, **options: object) -> ContextGatedMOE:
+        """A mixture that answers among all classes of random experts, its gates random or fitted to random images."""
+        model = ContextGatedMOE(self.build(), self.joint_experts(), CLASSES, gate_hidden=8, **options)
+        if fit:
+            model.fit_gates(self.images())
+            return model
+        return randomise_gates(model)
+
+    def shared(self, **options: object) -> ContextGatedMOE:
+        """A mixture of random experts that share the base's head, its gates random."""
+        return randomise_gates(ContextGatedMOE(self.build(), self.experts(), gate_hidden=8, **options))
+
+    def mixture(self, adapters: dict[str, Path]) -> ContextGatedMOE:
+        """A mixture of adapters on disk on a fresh base, its gates random."""
+        return randomise_gates(ContextGatedMOE.from_adapters(self.build(), adapters))
+
+    def save_experts(self, folder: Path) -> dict[str, Path]:
+        """Write four adapters of one base that differ in everything that an exact mixture allows."""
+        head = [self.head]
+        options = {
+            "attention": dict(r=2, lora_alpha=4, target_modules=list(self.first), modules_to_save=head),
+            "headless": dict(r=3, lora_alpha=2, target_modules=[*self.first[:1], *self.second],
+                             rank_pattern={self.second[0]: 1}, alpha_pattern={self.first[0]: 7}),
+            "on_head": dict(r=2, lora_alpha=1, target_modules=[*self.second, self.head]),
+            "scaled": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=[*self.first, *self.second],
+                           modules_to_save=head),
+        }
+        return {name: save_adapter(self.build(), folder / name, at, **own) for at, (name, own) in enumerate(options.items())}
+
+    def peft_logits(self, adapter: Path, inputs: dict[str, Tensor]) -> Tensor:
+        return logits(PeftModel.from_pretrained(self.build(), adapter).eval(), inputs)
+
 
 def _images(size: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(size, 3, 16, 16)}
 
 
+def _tokens(size: int, length: int = 6) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(1, 39, (size, length))}
+
+
 def _texts(size: int) -> dict[str, Tensor]:
     lengths = torch.arange(size) % 4 + 4  # 4 to 7 of 7 tokens
-    return {"input_ids": torch.randint(1, 40, (size, 7)), "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
+    return {**_tokens(size, 7), "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
+
+
+def _translations(size: int) -> dict[str, Tensor]:
+    return {**_tokens(size), "attention_mask": torch.ones(size, 6, dtype=torch.long),
+            "decoder_input_ids": torch.randint(1, 40, (size, 4))}
+
+
+def _texts_and_images(size: int) -> dict[str, Tensor]:  # 5 tokens of a text, as there are of an image
+    return {**_tokens(size, 5), "attention_mask": torch.ones(size, 5, dtype=torch.long), **_images(size)}
 
 
 def beit(**options: object) -> nn.Module:
     return transformers.BeitForImageClassification(transformers.BeitConfig(**{**VISION, "drop_path_rate": 0.0, **options}))
 
 
-def llama(**options: object) -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, **options}))
+def _llama(**options: object) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, **options))
 
 
 def _swin() -> nn.Module:  # 4 windows, the second block's shifted, then 1 window
@@ -90,11 +175,6 @@ def _t5() -> nn.Module:
         vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0))
 
 
-def _translations(size: int) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(1, 40, (size, 6)), "attention_mask": torch.ones(size, 6, dtype=torch.long),
-            "decoder_input_ids": torch.randint(1, 40, (size, 4))}
-
-
 def _wav2vec2() -> nn.Module:
     return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(
         **SMALL, num_labels=3, conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
@@ -103,28 +183,18 @@ def _wav2vec2() -> nn.Module:
 
 
 def _clip() -> nn.Module:
-    text = dict(TEXT, projection_dim=8, eos_token_id=39)
-    vision = dict(VISION, projection_dim=8)
+    text, vision = dict(TEXT, projection_dim=8, eos_token_id=39), dict(VISION, projection_dim=8)
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
 
 
-def _texts_and_images(size: int) -> dict[str, Tensor]:  # 5 tokens of a text, as there are of an image
-    return {"input_ids": torch.randint(1, 39, (size, 5)), "attention_mask": torch.ones(size, 5, dtype=torch.long),
-            "pixel_values": torch.randn(size, 3, 16, 16)}
-
-
-def _tokens(size: int) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(0, 40, (size, 6))}
-
-
-CASES = {
-    "beit": Case(beit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier"),
-    "swin": Case(_swin, _images, ("q_proj", "v_proj"), ("fc1", "reduction"), "classifier"),
-    "bert": Case(_bert, _texts, ("query", "value"), ("intermediate.dense", "pooler.dense"), "classifier"),
-    "llama": Case(llama, _tokens, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head"),
-    "plain": Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head"),
-}
-TIED = replace(CASES["llama"], make=lambda: llama(tie_word_embeddings=True))
+BEIT = Case(beit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier")
+SWIN = Case(_swin, _images, ("q_proj", "v_proj"), ("fc1", "reduction"), "classifier")
+BERT = Case(_bert, _texts, ("query", "value"), ("intermediate.dense", "pooler.dense"), "classifier")
+LLAMA = Case(_llama, _tokens, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head")
+PLAIN = Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head")
+CASES = (BEIT, SWIN, BERT, LLAMA, PLAIN)
+JOINT = (BEIT, SWIN, BERT, PLAIN)
+TIED = replace(LLAMA, make=lambda: _llama(tie_word_embeddings=True))
 CLIP = Case(_clip, _texts_and_images, ("q_proj", "v_proj"), ("fc1",), "visual_projection")
 WAV2VEC2 = Case(
     _wav2vec2, lambda size: {"input_values": torch.randn(size, 400)}, ("q_proj", "v_proj"), ("output_dense",), "classifier"
@@ -144,72 +214,6 @@ def save_adapter(base: nn.Module, folder: Path, seed: int = 0, config: object = 
     return folder
 
 
-def save_experts(case: Case, folder: Path) -> dict[str, Path]:
-    """Four adapters of one base that differ in everything that an exact mixture allows."""
-    head = [case.head]
-    options = {
-        "attention": dict(r=2, lora_alpha=4, target_modules=list(case.first), modules_to_save=head),
-        "headless": dict(r=3, lora_alpha=2, target_modules=[*case.first[:1], *case.second], rank_pattern={case.second[0]: 1},
-                         alpha_pattern={case.first[0]: 7}),
-        "on_head": dict(r=2, lora_alpha=1, target_modules=[*case.second, case.head]),
-        "scaled": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=[*case.first, *case.second], modules_to_save=head),
-    }
-    return {name: save_adapter(case.build(), folder / name, seed, **own) for seed, (name, own) in enumerate(options.items())}
-
-
-def experts(case: Case, names: Sequence[str] = ("a", "b", "c"), sizes: Sequence[int] = (), seed: int = 0) -> list[Expert]:
-    """Experts of random tensors, of ranks 1, 2, 3 ..., of which every second adapts fewer layers.
-
-    sizes: number of classes of each, which then has a head of its own.
-    """
-    torch.manual_seed(500 + seed)
-    layers = {name: layer for name, layer in case.build().named_modules() if isinstance(layer, nn.Linear)}
-    made = []
-    for number, name in enumerate(names):
-        wanted = case.first if number % 2 else (*case.first, *case.second)
-        updates = {
-            layer: (torch.randn(number + 1, module.in_features) * 0.3, torch.randn(module.out_features, number + 1) * 0.3)
-            for layer, module in layers.items() if f".{layer}".endswith(tuple(f".{end}" for end in wanted))
-        }
-        width = layers[case.head].in_features
-        heads = {case.head: (torch.randn(sizes[number], width), torch.randn(sizes[number]))} if sizes else {}
-        made.append(Expert(name, updates, heads))
-    return made
-
-
-CLASSES = {"a": ["x", "y"], "b": ["x", "z", "u", "v", "w"], "c": ["only"]}
-
-
-def images(case: Case, classes: Mapping[str, Sequence[str]] = CLASSES) -> dict[str, list]:
-    return {name: labelled(case, number, len(own)) for number, (name, own) in enumerate(classes.items())}
-
-
-def joint(case: Case, classes: Mapping[str, Sequence[str]] = CLASSES, fit: bool = False, **options: object) -> ContextGatedMOE:
-    """A mixture of random experts that answers among all their classes, its gates random or fitted to random images."""
-    sizes = [len(own) for own in classes.values()]
-    model = ContextGatedMOE(case.build(), experts(case, list(classes), sizes), classes, gate_hidden=8, **options)
-    if fit:
-        model.fit_gates(images(case, classes))
-        return model
-    return randomise_gates(model)
-
-
-def shared(case: Case, **options: object) -> ContextGatedMOE:
-    """A mixture of random experts that share the base's head, its gates random."""
-    return randomise_gates(ContextGatedMOE(case.build(), experts(case), gate_hidden=8, **options))
-
-
-def labelled(case: Case, seed: int, classes: int, size: int = 24) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Images of one expert in batches of several sizes, with labels that they tell of."""
-    labels = torch.arange(size) % classes
-    inputs = case.batch(size, seed)
-    for name, tensor in inputs.items():
-        if tensor.is_floating_point():
-            shift = (labels + 3 * seed).view(-1, *[1] * (tensor.ndim - 1))
-            inputs[name] = tensor + torch.sin(shift * torch.arange(tensor.shape[-1])) * 2
-    return [(rows(inputs, chosen.tolist()), labels[chosen]) for chosen in torch.arange(size).split(7)]
-
-
 def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:
     """Fill the gates with random numbers, so that every image has weights of its own in every block."""
     torch.manual_seed(300 + seed)
@@ -219,11 +223,6 @@ def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:
             gate.score.bias.normal_(std=0.3)
             gate.coefficient.fill_(0.3)
     return model
-
-
-def mixture(case: Case, adapters: dict[str, Path], gates: int = 0, **options: object) -> ContextGatedMOE:
-    """A mixture of adapters on disk on a fresh base, its gates random."""
-    return randomise_gates(ContextGatedMOE.from_adapters(case.build(), adapters, **options), gates)
 
 
 def recorded(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -238,19 +237,15 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def peft_logits(case: Case, adapter: Path, inputs: dict[str, Tensor]) -> Tensor:
-    return logits(PeftModel.from_pretrained(case.build(), adapter).eval(), inputs)
-
-
 def rows(inputs: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:
     return {name: tensor[index] for name, tensor in inputs.items()}
 
 
-def snapshot(model: nn.Module) -> dict[str, object]:
-    """What a refusal must leave alone: modules, tensors' bits, and what is trainable."""
+def _state(model: nn.Module) -> dict[str, object]:
     return {
-        "modules": [(name, type(module), id(module)) for name, module in model.named_modules()],
-        "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "modules": [(name, type(module), id(module), len(module._forward_pre_hooks), len(module._forward_hooks))
+                    for name, module in model.named_modules()],
+        "trainable": {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()},
         "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
     }
 
@@ -261,12 +256,22 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert not different
 
 
-def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
-    after = snapshot(model)
-    assert [entry[:2] for entry in after["modules"]] == [entry[:2] for entry in before["modules"]]
-    assert after["modules"] == before["modules"]
-    assert after["trainable"] == before["trainable"]
-    assert_same_tensors(after["tensors"], before["tensors"])
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What is done in the block leaves the model as it was: modules, hooks, what is trainable, and tensors' bits."""
+    before = _state(model)
+    yield
+    after = _state(model)
+    assert_same_tensors(after.pop("tensors"), before["tensors"])
+    assert all(after[kind] == before[kind] for kind in after)
+
+
+@contextmanager
+def refused(model: nn.Module, message: str, kind: type[BaseException] = MixtureError) -> Iterator[None]:
+    """What is done in the block is refused in one line, and leaves the model as it was."""
+    with unchanged(model), pytest.raises(kind, match=message) as refusal:
+        yield
+    assert kind is not MixtureError or "\n" not in str(refusal.value)
 
 
 def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:

@@ -5,24 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from hub import commit, folder_repo, serve
-from mixture_models import (
-    CASES,
-    CLASSES,
-    assert_same_tensors,
-    assert_unchanged,
-    experts,
-    joint,
-    labelled,
-    logits,
-    shared,
-    snapshot,
-)
+from mixture_models import BEIT, BERT, CLASSES, PLAIN, assert_same_tensors, logits, refused
 from safetensors.torch import load_file, save_file
 
 import ContextGatedMOE as package
@@ -30,29 +21,28 @@ from ContextGatedMOE import ContextGatedMOE, MixtureError
 from ContextGatedMOE.identity import fingerprint
 from ContextGatedMOE.saving import _file_digest
 
-BEIT, BERT, PLAIN = CASES["beit"], CASES["bert"], CASES["plain"]
 PACKAGE = Path(package.__file__).parent
 CONFIG, WEIGHTS, STATISTICS = "cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors"
 
 
+def tensors_of(model: ContextGatedMOE) -> dict[str, torch.Tensor]:
+    """All tensors of a mixture, the statistics too."""
+    statistics = {f"{name} {layer} {key}": tensor for name, by_layer in model.statistics.items()
+                  for layer, own in by_layer.items() for key, tensor in vars(own).items()}
+    return model.state_dict() | statistics
+
+
 def assert_same_mixture(actual: ContextGatedMOE, expected: ContextGatedMOE) -> None:
-    """Bit for bit the same, the statistics too."""
+    """Bit for bit the same."""
     for name in ("expert_names", "classes", "labels", "columns", "same", "gate_hidden", "top_k", "refuse_below"):
         assert getattr(actual, name) == getattr(expected, name)
-    assert_same_tensors(actual.state_dict(), expected.state_dict())
-    assert actual.statistics.keys() == expected.statistics.keys()
-    for name, by_layer in expected.statistics.items():
-        assert by_layer.keys() == actual.statistics[name].keys()
-        for layer, statistics in by_layer.items():
-            assert all(
-                torch.equal(tensor, vars(statistics)[key]) for key, tensor in vars(actual.statistics[name][layer]).items()
-            )
+    assert_same_tensors(tensors_of(actual), tensors_of(expected))
 
 
 def test_saved_and_loaded_is_bit_equal(tmp_path):
     same = [[("a", "x"), ("b", "x")]]
     for number, (case, model) in enumerate((
-        (BEIT, joint(BEIT, fit=True, same=same, top_k=2)), (PLAIN, joint(PLAIN, fit=True)), (BERT, shared(BERT)),
+        (BEIT, BEIT.joint(fit=True, same=same, top_k=2)), (PLAIN, PLAIN.joint(fit=True)), (BERT, BERT.shared()),
         (PLAIN, ContextGatedMOE(PLAIN.build(), [])),
     )):
         model.refuse_below, folder = (0, 0.25, None, None)[number], tmp_path / f"{number}"
@@ -63,33 +53,29 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
         assert not any(module.training for module in loaded.modules())
         assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
         before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
         loaded.save_pretrained(folder)
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    loaded = ContextGatedMOE.from_pretrained(tmp_path / "0", BEIT.build())  # it goes on as the one that was saved would
-    model = joint(BEIT, fit=True, same=same, top_k=2)
-    for one in (loaded, model):
-        one.add_expert("d", experts(BEIT, ["d"], (2,))[0], classes=["p", "q"], images=labelled(BEIT, 3, 2))
-    assert_same_tensors(loaded.state_dict(), model.state_dict())
-    shared(PLAIN).save_pretrained(tmp_path / "1")  # over one with statistics
-    assert ContextGatedMOE.from_pretrained(tmp_path / "1", PLAIN.build()).statistics == {}
-
-
-def test_what_is_saved_is_gates_experts_heads_and_statistics_only(tmp_path):
-    joint(BEIT, fit=True).save_pretrained(tmp_path)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
-    stored, base = load_file(tmp_path / WEIGHTS), BEIT.build().state_dict()
+    stored, base = load_file(tmp_path / "0" / WEIGHTS), BEIT.build().state_dict()  # nothing of the base
     assert {name.rpartition(".")[2] for name in stored} == {
         "lora_A", "lora_B", "expert_weight", "expert_bias", "coefficient", "weight", "bias", "axes", "origin", "centres",
         "router_scale", "expert_scale", "class_share"}
     assert not any(torch.equal(tensor, own) for tensor in stored.values() for own in base.values() if own.shape == tensor.shape)
-    assert {name.split("/")[0] for name in load_file(tmp_path / STATISTICS)} == set(CLASSES)
+    assert {name.split("/")[0] for name in load_file(tmp_path / "0" / STATISTICS)} == set(CLASSES)
+    loaded = ContextGatedMOE.from_pretrained(tmp_path / "0", BEIT.build())  # it goes on as the one that was saved would
+    model = BEIT.joint(fit=True, same=same, top_k=2)
+    for one in (loaded, model):
+        one.add_expert("d", BEIT.experts(["d"], (2,))[0], classes=["p", "q"], images=BEIT.labelled(3, 2))
+    assert_same_tensors(loaded.state_dict(), model.state_dict())
+    PLAIN.shared().save_pretrained(tmp_path / "1")  # over one with statistics
+    assert ContextGatedMOE.from_pretrained(tmp_path / "1", PLAIN.build()).statistics == {}
 
 
 def test_opening_by_name_prints_nothing(tmp_path, capfd):
     base = BEIT.build()
     base.beit.save_pretrained(tmp_path / "base")  # a backbone without a head: the experts bring theirs
     base = type(base).from_pretrained(tmp_path / "base", num_labels=7).eval()
-    model = ContextGatedMOE(base, experts(BEIT, list(CLASSES), (2, 5, 1)), CLASSES)
+    model = ContextGatedMOE(base, BEIT.joint_experts(), CLASSES)
     model.save_pretrained(tmp_path / "saved")
     capfd.readouterr()
     loaded = ContextGatedMOE.from_pretrained(tmp_path / "saved")
@@ -111,44 +97,35 @@ def base_in(*types: str, seed: int = 0, change: float = 0.0) -> torch.nn.Module:
 
 def test_the_base_is_known_in_any_floating_point_type_and_no_other_is_taken(tmp_path):
     for kept, known in {
-        "float32": [base_in("float32"), base_in("bfloat16"), base_in("float16")],
-        "bfloat16": [base_in("bfloat16", "float32"), base_in("float32"), base_in("bfloat16", "float16")],
-        "float16": [base_in("float16", "float32"), base_in("float32")],
+        "float32": [["float32"], ["bfloat16"], ["float16"]],
+        "bfloat16": [["bfloat16", "float32"], ["float32"], ["bfloat16", "float16"]],
+        "float16": [["float16", "float32"], ["float32"]],
     }.items():
-        model = ContextGatedMOE(base_in(kept), experts(BEIT, list(CLASSES), (2, 5, 1)), CLASSES)
-        model.save_pretrained(tmp_path / kept)
-        for base in known:
-            dtype = next(base.parameters()).dtype
-            assert ContextGatedMOE.from_pretrained(tmp_path / kept, base).dtype == dtype
-        changed = [base_in(name, change=1e-2) for name in ("float32", "bfloat16", "float16")]
-        for other in (base_in("bfloat16", seed=1), *changed):
-            before = snapshot(other)
-            with pytest.raises(MixtureError, match="is not the one .* was made for"):
+        ContextGatedMOE(base_in(kept), BEIT.joint_experts(), CLASSES).save_pretrained(tmp_path / kept)
+        for types in known:
+            loaded = ContextGatedMOE.from_pretrained(tmp_path / kept, base_in(*types))
+            assert loaded.dtype == getattr(torch, types[-1])
+        for other in (base_in("bfloat16", seed=1), *(base_in(name, change=1e-2) for name in known[0])):
+            with refused(other, "is not the one .* was made for"):
                 ContextGatedMOE.from_pretrained(tmp_path / kept, other)
-            assert_unchanged(other, before)
         ContextGatedMOE.from_pretrained(tmp_path / kept, base_in(seed=1), check_base=False)
-    with pytest.raises(MixtureError):  # rounded where the mixture was made on all digits
-        ContextGatedMOE.from_pretrained(tmp_path / "float32", base_in("bfloat16", "float32"))
+    rounded = base_in("bfloat16", "float32")
+    with refused(rounded, "is not the one"):  # where the mixture was made on all digits
+        ContextGatedMOE.from_pretrained(tmp_path / "float32", rounded)
     one, two = base_in(), base_in()
     two.classifier.reset_parameters()
     known = fingerprint(one, ["classifier"])
-    assert known == fingerprint(two, ["classifier"]) == joint(BEIT).base_fingerprint() != fingerprint(one, [])
+    assert known == fingerprint(two, ["classifier"]) == BEIT.joint().base_fingerprint() != fingerprint(one, [])
 
 
 def test_a_base_that_cannot_be_found_is_refused(tmp_path):
-    base = BEIT.build()
-    base.save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    for change, message in (
-        ({"base_class": "NoSuchModel"}, "cannot be loaded by name"),
-        ({"base_class": "pipeline"}, "cannot be loaded by name"),
-        ({"base_model": "/no/such/folder"}, "cannot be loaded; pass"),
-        ({"base_dtype": "float33"}, "cannot be loaded; pass"),
-        ({"base_model": None}, "cannot be loaded by name"),
-    ):
-        ContextGatedMOE(base, []).save_pretrained(tmp_path)
+    BEIT.build().save_pretrained(tmp_path / "base")
+    ContextGatedMOE(type(BEIT.build()).from_pretrained(tmp_path / "base"), []).save_pretrained(tmp_path)
+    whole = (tmp_path / CONFIG).read_text()
+    for change in ({"base_class": "pipeline"}, {"base_model": "/no/folder"}, {"base_dtype": "float33"}, {"base_model": None}):
+        (tmp_path / CONFIG).write_text(whole)
         edit(tmp_path, **change)
-        with pytest.raises(MixtureError, match=message):
+        with pytest.raises(MixtureError, match="cannot be loaded"):
             ContextGatedMOE.from_pretrained(tmp_path)
 
 
@@ -158,54 +135,29 @@ def edit(folder: Path, **changes: object) -> None:
     (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> tuple[ContextGatedMOE, Path]:
-    model, folder = joint(PLAIN, fit=True), tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return model, folder
+def test_damaged_files_are_refused(tmp_path):
+    source, folder = tmp_path / "whole", tmp_path / "damaged"
+    PLAIN.joint(fit=True).save_pretrained(source)
 
-
-def assert_refused_or_intact(model: ContextGatedMOE, folder: Path) -> bool:
-    """What is left of a saved mixture is refused in one line and leaves the base alone (True), or loads unharmed."""
-    base = PLAIN.build()
-    before = snapshot(base)
-    try:
-        loaded = ContextGatedMOE.from_pretrained(folder, base)
-    except MixtureError as error:
-        assert "\n" not in str(error)
-        assert_unchanged(base, before)
-        return True
-    assert_same_mixture(loaded, model)
-    return False
-
-
-def test_damaged_files_are_refused(saved, tmp_path):
-    model, source = saved
-    folder = tmp_path / "damaged"
-
-    def whole_again() -> None:
+    def assert_refused(damage: Callable[[], object], *messages: str) -> None:
+        """In one line, the base left alone; the second time with the checksum of the damaged weights."""
         shutil.copytree(source, folder, dirs_exist_ok=True)
+        damage()
+        for message in messages or ("",):
+            base = PLAIN.build()
+            with refused(base, message):
+                ContextGatedMOE.from_pretrained(folder, base)
+            if len(messages) > 1:
+                edit(folder, weights_sha256=_file_digest(folder / WEIGHTS))
 
     for name in (CONFIG, WEIGHTS, STATISTICS):
-        whole_again()
-        (folder / name).unlink()
-        with pytest.raises(MixtureError, match=name):
-            ContextGatedMOE.from_pretrained(folder, PLAIN.build())
+        assert_refused((folder / name).unlink, name)
     for text in ("[1]", "{}", '{"format": 1}', '{"format": 2}'):
-        whole_again()
-        (folder / CONFIG).write_text(text)
-        assert assert_refused_or_intact(model, folder)
-    for change in (lambda t: t.popitem(), lambda t: t.update({"head.other": torch.ones(2)}),
-                   lambda t: t.update({"base.lora_A": torch.ones(3, 3)})):
-        whole_again()
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS)
-        with pytest.raises(MixtureError, match="checksum"):
-            ContextGatedMOE.from_pretrained(folder, PLAIN.build())
-        edit(folder, weights_sha256=_file_digest(folder / WEIGHTS))
-        with pytest.raises(MixtureError, match="does not hold together"):
-            ContextGatedMOE.from_pretrained(folder, PLAIN.build())
+        assert_refused(partial((folder / CONFIG).write_text, text))
+    tensors = load_file(source / WEIGHTS)
+    for changed in (dict(list(tensors.items())[1:]), tensors | {"head.other": torch.ones(2)},
+                    tensors | {"base.lora_A": torch.ones(3, 3)}):
+        assert_refused(partial(save_file, changed, folder / WEIGHTS), "checksum", "does not hold together")
     for key, values in {
         "experts": [["z", "b", "c"], [1, 2, 3], []], "classes": [{"a": ["x"]}, {"a": 1, "b": 2, "c": 3}],
         "heads": [[], ["norm"]], "ranks": [{}, {"base": [1]}, {"base": "x"}], "same": [["x"], [[["a", "nothing"]]]],
@@ -213,9 +165,7 @@ def test_damaged_files_are_refused(saved, tmp_path):
         "statistics_sha256": ["x"],
     }.items():
         for value in values:
-            whole_again()
-            edit(folder, **{key: value})
-            assert assert_refused_or_intact(model, folder), (key, value)
+            assert_refused(partial(edit, folder, **{key: value}))
 
 
 @pytest.fixture
@@ -237,7 +187,7 @@ def test_a_mixture_goes_to_the_hub_and_comes_back(hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **options: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    first, second = joint(BEIT, fit=True), joint(BEIT)
+    first, second = BEIT.joint(fit=True), BEIT.joint()
     figures = {"accuracy on 800 test images": 0.95, "top | 1": "x"}
     address = first.push_to_hub("someone/mixture", figures=figures, made="Trained on a rainy day.", token="secret")
     second.push_to_hub("someone/mixture", token="secret")
@@ -253,16 +203,13 @@ def test_a_mixture_goes_to_the_hub_and_comes_back(hub, tmp_path, monkeypatch):
         ("someone/empty", {}, f"{CONFIG} is missing"),
         ("someone/mixture", {"revision": "nowhere"}, "cannot be fetched"),
         ("no such name", {}, "no such folder"),
-        (str(tmp_path / "nowhere"), {}, "nowhere"),
     ):
         with pytest.raises(MixtureError, match=message) as refusal:
             ContextGatedMOE.from_pretrained(name, BEIT.build(), **more, **options)
         assert "\n" not in str(refusal.value)
     card = hub.earlier["someone/mixture", earlier]["README.md"].decode()
-    for text in (
-        "library_name: context-gated-moe", "| a | x, y | 24 |", "| c | only | 24 |", "Trained on a rainy day.", "closed form",
-        "| accuracy on 800 test images | 0.95 |", r"| top \| 1 | x |", 'from_pretrained("someone/mixture")',
-    ):
+    for text in ("library_name: context-gated-moe", "| a | x, y | 24 |", "Trained on a rainy day.",
+                 "| accuracy on 800 test images | 0.95 |", r"| top \| 1 | x |", 'from_pretrained("someone/mixture")'):
         assert text in card
     assert "Figures" not in second.model_card() and "have not been fitted" in second.model_card()
 
