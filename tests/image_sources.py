@@ -92,6 +92,15 @@ def zipped(folder):
     return zip_of(folder.with_suffix(".zip"), write_folders(folder))
 
 
+def zipped_with_ways_out(folder):
+    """A zip of class folders, and of images whose paths lead out of it."""
+    path = zipped(folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../outside.png", "../../high/outside.png", "/high/outside.png"):
+            archive.writestr(name, png(0, 0))
+    return path
+
+
 def zip_of(path, folder, renamed=lambda name: name):
     """A zip of what is in a folder, uncompressed, under other names; return the path."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -122,6 +131,10 @@ def metadata_csv(folder):
         (folder / f"images/{label}_{index:02d}.png").write_bytes(png(label, index))
     (folder / "metadata.csv").write_text("\n".join(rows), encoding="utf-8-sig")
     return folder
+
+
+LAYOUTS = (wrapped_folders, one_parquet, parquet_without_metadata, zipped_on_a_mac, zipped_with_ways_out, saved_dataset,
+           metadata_csv)
 
 
 def changed_file(path, old, new):
