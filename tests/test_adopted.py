@@ -43,15 +43,9 @@ def make_adapter(folder, backbone, dtype=torch.float32, classes=4, **settings):
     return folder
 
 
-def edit_config(folder, **changes):
-    """Change adapter_config.json."""
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def with_old_names(folder):
     """The adapter as transformers 4 and an earlier peft have saved it."""
-    path = folder / "adapter_model.safetensors"
+    path, described = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     tensors = load_file(path)
     for new, old in OLD_NAMES:
         tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
@@ -59,9 +53,8 @@ def with_old_names(folder):
     save_file(tensors, path)
     kept = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha",
             "lora_dropout", "modules_to_save", "peft_type", "r", "task_type")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    old = {**{key: config[key] for key in kept}, "target_modules": ["query", "value"]}
-    (folder / "adapter_config.json").write_text(json.dumps(old))
+    config = json.loads(described.read_text())
+    described.write_text(json.dumps({**{key: config[key] for key in kept}, "target_modules": ["query", "value"]}))
 
 
 @pytest.fixture
@@ -87,8 +80,7 @@ def written(place):
 def test_adapters_of_all_kinds_become_experts(place, backbone, tmp_path):
     """Other ranks, scalings, layers, dtypes, names; each says what it says with peft, and what is saved says so too."""
     game = make_adapter(tmp_path / "game", backbone, **KINDS["few"])
-    cases = [("few", torch.float32, False), ("patterns", torch.bfloat16, False), ("few", torch.float16, True)]
-    for number, (kind, dtype, old) in enumerate(cases):
+    for number, (kind, dtype, old) in enumerate((("patterns", torch.bfloat16, False), ("few", torch.float16, True))):
         folder = make_adapter(tmp_path / f"fire{number}", backbone, dtype, **KINDS[kind])
         expected = peft_says(place, folder)
         if old:
@@ -113,25 +105,24 @@ def test_an_adapter_of_the_hub_has_a_revision_and_a_subfolder(place, backbone, t
 
 def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_backbone, tmp_path, monkeypatch, capsys):
     """And nothing is written."""
-    few, made = KINDS["few"], iter(range(100))
+    made = iter(range(100))
 
-    def adapter(of=backbone, stated=None, **settings):
-        folder = make_adapter(tmp_path / f"adapter{next(made)}", of, **{**few, **settings})
-        if stated is not None:
-            edit_config(folder, base_model_name_or_path=stated)
-        return folder
+    def adapter(of=backbone, **settings):
+        return make_adapter(tmp_path / f"adapter{next(made)}", of, **{**KINDS["few"], **settings})
 
     tiny_beit(0, hidden_size=64).save_pretrained(tmp_path / "wide")
-    good, cut, empty = adapter(), adapter(), tmp_path / "empty"
+    good, cut, empty, stranger, wide = adapter(), adapter(), tmp_path / "empty", adapter(), adapter(tmp_path / "wide")
     (cut / "adapter_model.safetensors").write_bytes(b"x")
     empty.mkdir()
+    for folder, stated in ((stranger, "google/vit"), (wide, "")):
+        config = folder / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": stated}))
     cases = {  # words of the line -> the adapter of the first task
         f"was trained on {other_backbone}, not on {backbone}; give --model": adapter(other_backbone),
-        "was trained on google/vit, not on": adapter(stated="google/vit"),
-        "is of no linear layer there, or of one of another size": adapter(tmp_path / "wide", stated=""),
+        "was trained on google/vit, not on": stranger,
+        "is of no linear layer there, or of one of another size": wide,
         "has no head of its own, where the task has 4 classes": adapter(modules_to_save=None),
-        "has a head for 3 classes, where the task has 4": adapter(classes=3),
-        "has DoRA or biases": adapter(use_dora=True),
+        "has a head for 3 classes, where the task has 4": adapter(classes=3), "has DoRA or biases": adapter(use_dora=True),
         "no peft adapter that can be read": cut, "check the name and the network, or give a folder": empty,
     }
     for words, entries in [*((words, [f"fire={folder}"]) for words, folder in cases.items()),

@@ -57,7 +57,7 @@ def test_outputs_and_gradients_of_an_adapted_model_are_those_of_the_one_that_pef
 
 
 def test_the_bias_learns_as_with_the_libraries_attention(backbone, batch):
-    ours, theirs = models.load_backbone(backbone, CLASSES, 0), models.load_backbone(backbone, CLASSES, 0)
+    ours, theirs = (models.load_backbone(backbone, CLASSES, 0) for _ in range(2))
     theirs.set_attn_implementation("sdpa")
     ours, theirs = gradients(ours, batch), gradients(theirs, batch)
     assert any("relative_position_bias" in name and gradient.any() for name, gradient in ours.items())

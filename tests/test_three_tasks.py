@@ -1,11 +1,13 @@
 """Tests with a third task, added by --task, and of adding an expert to a finished mixture by --add_expert."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from mixture_models import assert_close
-from pipeline import Workspace, files_in, hashes
+from pipeline import files_in, hashes
 from safetensors.torch import load_file
 
 from common.comparison import mixture as steps
@@ -59,13 +61,6 @@ def test_predictions_of_every_task_are_among_the_classes_of_all(added):
 # ---- adding an expert to the finished mixture ----
 
 
-def with_third_data(workspace: Workspace, added: Workspace, root) -> Workspace:
-    """A copy of the workspace with the third task's data, which the mixture does not know."""
-    made = workspace.copy(root)
-    added.copy(root, "third_dataset", "tasks.json")
-    return made
-
-
 @pytest.fixture(scope="module")
 def adapters(added):
     """The three experts, as --add_expert takes them."""
@@ -74,16 +69,17 @@ def adapters(added):
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory, workspace, added, adapters):
-    """The workspace's mixture of two tasks, with the third task's data and its expert added."""
-    made = with_third_data(workspace, added, tmp_path_factory.mktemp("grown") / "root")
+    """A copy of the workspace, where none of this was known, to whose mixture the third task's expert was added."""
+    made = workspace.copy(tmp_path_factory.mktemp("grown") / "root")
+    added.copy(made.root, "third_dataset", "tasks.json")
     made.run("CGM_Lora", "--add_expert", adapters["third"])
     return made
 
 
 def test_a_grown_mixture_has_all_results_in_a_folder_of_its_own(grown, workspace, adapters, capsys):
     expected = {name.replace("fire_game_cgm", "fire_game_third_cgm") for name in files_in(workspace.results / "CGM_Lora")}
-    third = {"CGM_Lora_third.csv", "CGM_Lora_third_Confusion_Matrix.png"}
-    assert files_in(grown.results / "CGM_Lora_third") == expected | third
+    expected |= {"CGM_Lora_third.csv", "CGM_Lora_third_Confusion_Matrix.png"}
+    assert files_in(grown.results / "CGM_Lora_third") == expected
     before, after = hashes(workspace.results), hashes(grown.results)
     assert {name for name in before if after[name] != before[name]} == {"summary.csv", "index.html"}
     assert list(grown.summary().set_index("method").loc["CGM_Lora_third", "task"]) == TITLES
@@ -120,8 +116,9 @@ def test_an_expert_added_by_its_own_images_gives_the_gates_that_all_images_give(
             assert_close(said.gates[layer], weights, 1e-3)
 
 
-def test_an_expert_that_cannot_be_added_is_refused_in_one_line(workspace, added, adapters, tmp_path):
-    ready, third = with_third_data(workspace, added, tmp_path / "root"), adapters["third"]
+def test_an_expert_that_cannot_be_added_is_refused_in_one_line(grown, adapters, tmp_path):
+    ready, third = grown.copy(tmp_path / "root"), adapters["third"]
+    shutil.rmtree(ready.results / "CGM_Lora_third")
     made_from = ready.results / "CGM_Lora" / TWO / "provenance.json"
     usual = read_json(made_from, "")
     other_images = {**usual, "data": {**usual["data"], "fire": "other"}}
