@@ -104,13 +104,25 @@ class Case:
             return model
         return randomise_gates(model)
 
-    def shared(self, **options: object) -> ContextGatedMOE:
-        """A mixture of random experts that share the base's head, its gates random."""
-        return randomise_gates(ContextGatedMOE(self.build(), self.experts(), gate_hidden=8, **options))
+    def shared(self, experts: Sequence[Expert] = (), **options: object) -> ContextGatedMOE:
+        """A mixture of these or of random experts that share the base's head, its gates random."""
+        return randomise_gates(ContextGatedMOE(self.build(), experts or self.experts(), gate_hidden=8, **options))
 
     def mixture(self, adapters: dict[str, Path]) -> ContextGatedMOE:
         """A mixture of adapters on disk on a fresh base, its gates random."""
         return randomise_gates(ContextGatedMOE.from_adapters(self.build(), adapters))
+
+    def save_adapter(self, folder: Path, seed: int = 0, config: object = None, **options: object) -> Path:
+        """Write an adapter of the base with random tensors (LoRA with these options unless a config is given)."""
+        base = self.build()
+        torch.manual_seed(200 + seed)
+        model = get_peft_model(base, config or LoraConfig(**options))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(folder)
+        return folder
 
     def save_experts(self, folder: Path) -> dict[str, Path]:
         """Write four adapters of one base that differ in everything that an exact mixture allows."""
@@ -123,7 +135,7 @@ class Case:
             "scaled": dict(r=5, lora_alpha=3, use_rslora=True, target_modules=[*self.first, *self.second],
                            modules_to_save=head),
         }
-        return {name: save_adapter(self.build(), folder / name, at, **own) for at, (name, own) in enumerate(options.items())}
+        return {name: self.save_adapter(folder / name, at, **own) for at, (name, own) in enumerate(options.items())}
 
     def peft_logits(self, adapter: Path, inputs: dict[str, Tensor]) -> Tensor:
         return logits(PeftModel.from_pretrained(self.build(), adapter).eval(), inputs)
@@ -202,18 +214,6 @@ WAV2VEC2 = Case(
 T5 = Case(_t5, _translations, ("q",), ("wi",), "lm_head")  # encoder and decoder, each with tokens of its own
 
 
-def save_adapter(base: nn.Module, folder: Path, seed: int = 0, config: object = None, **options: object) -> Path:
-    """Write an adapter of `base` with random tensors (LoRA with these options unless a config is given)."""
-    torch.manual_seed(200 + seed)
-    model = get_peft_model(base, config or LoraConfig(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(folder)
-    return folder
-
-
 def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:
     """Fill the gates with random numbers, so that every image has weights of its own in every block."""
     torch.manual_seed(300 + seed)
@@ -250,7 +250,7 @@ def _state(model: nn.Module) -> dict[str, object]:
     }
 
 
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(actual) == list(expected)
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different
@@ -262,7 +262,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     before = _state(model)
     yield
     after = _state(model)
-    assert_same_tensors(after.pop("tensors"), before["tensors"])
+    assert_equal(after.pop("tensors"), before["tensors"])
     assert all(after[kind] == before[kind] for kind in after)
 
 

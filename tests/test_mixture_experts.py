@@ -6,21 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mixture_models import (
-    BEIT,
-    CASES,
-    CLASSES,
-    PLAIN,
-    TIED,
-    assert_close,
-    assert_same_tensors,
-    logits,
-    randomise_gates,
-    recorded,
-    refused,
-    save_adapter,
-    unchanged,
-)
+from mixture_models import BEIT, CASES, CLASSES, PLAIN, TIED, assert_close, assert_equal, logits, recorded, refused, unchanged
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,7 +38,7 @@ def test_a_lora_trained_in_another_way_is_that_peft_model(tmp_path):
         (BEIT, usual | dict(exclude_modules=["q_proj"])),
         (TIED, dict(r=2, target_modules=["lm_head", "q_proj"])),
     )):
-        folder, inputs = save_adapter(case.build(), tmp_path / f"{number}", **options), case.batch(3)
+        folder, inputs = case.save_adapter(tmp_path / f"{number}", **options), case.batch(3)
         assert_close(logits(case.mixture({"own": folder}), inputs), case.peft_logits(folder, inputs))
 
 
@@ -62,7 +48,7 @@ def test_adapters_that_are_alike_are_prepared_once_and_are_what_each_is_alone(tm
               dict(r=5, lora_alpha=4, target_modules=["v_proj"], modules_to_save=["classifier"]))
     adapters = {}
     for number, (shape, dtype, _) in enumerate(itertools.product(shapes, (torch.float32, torch.float16), range(2))):
-        folder = adapters[f"{number}"] = save_adapter(BEIT.build(), tmp_path / f"{number}", number, **shape)
+        folder = adapters[f"{number}"] = BEIT.save_adapter(tmp_path / f"{number}", number, **shape)
         file = folder / "adapter_model.safetensors"
         save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
     alone = [read_expert(BEIT.build(), name, adapter) for name, adapter in adapters.items()]
@@ -70,7 +56,7 @@ def test_adapters_that_are_alike_are_prepared_once_and_are_what_each_is_alone(tm
     monkeypatch.setattr(PeftModel, "from_pretrained", lambda *args, **named: prepared.append(args) or original(*args, **named))
     mixed = ContextGatedMOE.from_adapters(BEIT.build(), adapters)
     assert len(prepared) == 4
-    assert_same_tensors(mixed.state_dict(), ContextGatedMOE(BEIT.build(), alone).state_dict())
+    assert_equal(mixed.state_dict(), ContextGatedMOE(BEIT.build(), alone).state_dict())
 
 
 def test_every_layer_is_the_sum_over_the_experts():
@@ -100,7 +86,7 @@ def test_an_image_s_top_experts_alone_are_computed():
                            for layer, (rank, width, out) in shapes.items()}) for n in range(8)]
     inputs = {"x": torch.randn(4, 200, 8)}
     for top_k in (1, 2, 3, 8):
-        model = randomise_gates(ContextGatedMOE(PLAIN.build(), own, top_k=top_k))
+        model = PLAIN.shared(own, top_k=top_k)
         output, gates = logits(model, inputs), recorded(model, inputs)
         layer = model.base_model.blocks[0]
         assert layer._skips(200) == (top_k < 4) and all(((weights > 0).sum(1) == top_k).all() for weights in gates.values())
@@ -124,7 +110,7 @@ def test_adding_and_removing_equals_building_with_those_experts_in_any_order():
 
     whole, other_order = built("abc"), built("cab")
     assert other_order.expert_names == ["a", "b", "c"] and other_order.labels == whole.labels
-    assert_same_tensors(other_order.state_dict(), whole.state_dict())
+    assert_equal(other_order.state_dict(), whole.state_dict())
     for added, expert in own.items():
         model = built("abc".replace(added, ""))
         without = copy.deepcopy(model.state_dict())
@@ -132,10 +118,10 @@ def test_adding_and_removing_equals_building_with_those_experts_in_any_order():
             model.train(mode)
             model.add_expert(added, expert, classes=CLASSES[added], images=iter(images[added]))
             assert {module.training for module in model.modules()} == {mode}
-            assert_same_tensors(model.state_dict(), whole.state_dict())
+            assert_equal(model.state_dict(), whole.state_dict())
             assert (model.labels, model.columns, model.config.id2label) == (whole.labels, whole.columns, whole.config.id2label)
             model.remove_expert(added)
-        assert_same_tensors(model.state_dict(), without)
+        assert_equal(model.state_dict(), without)
         assert set(model.statistics) == set("abc") - {added}
 
 

@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from mixture_models import BEIT, CASES, CLASSES, JOINT, LLAMA, PLAIN, assert_close, logits, randomise_gates, recorded, refused
+from mixture_models import BEIT, CASES, CLASSES, JOINT, LLAMA, PLAIN, assert_close, logits, recorded, refused
 from torch import nn
 
 from ContextGatedMOE import ContextGatedMOE, Expert
@@ -91,7 +91,7 @@ def test_classes_that_are_the_same_add_up_and_go_with_their_expert():
 def test_without_classes_heads_of_one_label_space_are_mixed_by_the_weights():
     for case in (BEIT, LLAMA, PLAIN):
         own = case.experts(sizes=(case.build().get_submodule(case.head).out_features,) * 3)
-        model, seen = randomise_gates(ContextGatedMOE(case.build(), own)), []
+        model, seen = case.shared(own), []
         head = model.base_model.get_submodule(case.head)
         head.register_forward_hook(lambda _, args, output, seen=seen: seen.append((args[0], output)))
         weights = list(recorded(model, case.batch(2)).values())[-1]

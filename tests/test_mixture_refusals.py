@@ -3,12 +3,13 @@
 import shutil
 import sys
 import types
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from mixture_models import BEIT, BERT, PLAIN, beit, refused, save_adapter, unchanged
+from mixture_models import BEIT, BERT, PLAIN, refused, unchanged
 from peft import IA3Config
 from peft.tuners.lora import KasaConfig
 from safetensors.torch import load_file, save_file
@@ -45,14 +46,15 @@ def test_an_adapter_that_no_mixture_reproduces_is_refused(tmp_path):
         (BERT, texts | dict(target_modules=["word_embeddings", "query"])),
         (BERT, texts | dict(trainable_token_indices={"word_embeddings": [1, 2]})),
     )):
-        assert_refused(case.build(), save_adapter(case.build(), tmp_path / f"{number}", **options))
+        assert_refused(case.build(), case.save_adapter(tmp_path / f"{number}", **options))
 
 
 def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(adapters, tmp_path):
     for options in (dict(hidden_size=8), dict(num_hidden_layers=1), dict(num_hidden_layers=3)):
         wanted = dict(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
-        assert_refused(BEIT.build(), save_adapter(beit(**options), tmp_path / "other", **wanted))
-    assert_refused(BEIT.build(), save_adapter(BERT.build(), tmp_path / "text", r=2, target_modules=["query"]))
+        other = replace(BEIT, make=partial(BEIT.make, **options))
+        assert_refused(BEIT.build(), other.save_adapter(tmp_path / "other", **wanted))
+    assert_refused(BEIT.build(), BERT.save_adapter(tmp_path / "text", r=2, target_modules=["query"]))
     assert_refused(BEIT.build(), tmp_path / "nowhere")
     folder = tmp_path / "damaged"
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
