@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": IMAGE_SIZE,
          "patch_size": 8, "initializer_range": 0.06}
+TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
 SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 CROPPED = {"size": {"shortest_edge": 40}, "crop_size": SIZE}
 Family = tuple[str, Callable[[], transformers.PreTrainedConfig], str, dict]
@@ -23,13 +24,9 @@ FAMILIES: dict[str, Family] = {  # class, configuration, image processor, its se
     "swin": ("SwinForImageClassification", lambda: transformers.SwinConfig(
         image_size=IMAGE_SIZE, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4,
         initializer_range=0.06), "ViTImageProcessorPil", {"size": SIZE}),
-    "siglip": ("SiglipModel", lambda: transformers.SiglipConfig(
-        vision_config=SHAPE, text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                                          "intermediate_size": 32, "vocab_size": 40}),
+    "siglip": ("SiglipModel", lambda: transformers.SiglipConfig(vision_config=SHAPE, text_config=TEXT),
                "SiglipImageProcessorPil", {"size": SIZE}),
-    "clip": ("CLIPModel", lambda: transformers.CLIPConfig(
-        vision_config=SHAPE, text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                                          "intermediate_size": 32, "vocab_size": 40}),
+    "clip": ("CLIPModel", lambda: transformers.CLIPConfig(vision_config=SHAPE, text_config=TEXT),
              "CLIPImageProcessorPil", {**CROPPED, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}),
 }
 

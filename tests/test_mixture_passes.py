@@ -140,9 +140,8 @@ def test_gates_compute_and_stay_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         assert (logits(model, inputs) - expected).abs().max() < 0.1 * expected.abs().max()
         assert torch.equal(recorded(plain, x)["base"], without["base"])  # the first gate: nothing before it was in bf16
-    model.to(torch.bfloat16)
     built = replace(BEIT, make=lambda: BEIT.make().bfloat16()).joint()
-    for half in (model, built):
+    for half in (model.to(torch.bfloat16), built):
         assert half.dtype == torch.bfloat16 and {parameter.dtype for parameter in half.gate_parameters()} == {torch.float32}
     assert all(torch.equal(now, before) for now, before in zip(model.gate_parameters(), parameters, strict=True))
     half = {name: tensor.bfloat16() for name, tensor in inputs.items()}

@@ -203,9 +203,7 @@ def test_a_backbone_of_another_family_goes_through_the_scripts(workspace, tmp_pa
 def test_code_from_a_repository_is_not_run(published, tmp_path, monkeypatch):
     """A model that brings its own code is refused, and nobody is asked whether to run it; a yes would be ready."""
     monkeypatch.setattr("builtins.input", lambda prompt: "y")
-    config = json.loads((published / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
-    (published / "config.json").write_text(json.dumps(config))
+    (published / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
     (published / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone(str(published), CLASSES, 0)

@@ -124,7 +124,6 @@ def test_an_expert_that_cannot_be_added_is_refused_in_one_line(grown, adapters, 
     other_images = {**usual, "data": {**usual["data"], "fire": "other"}}
     for flags, said, record in (
         (["nowhere"], "NAME=FOLDER", usual),
-        (["a b=folder"], "NAME=FOLDER", usual),
         ([third, third], "one name", usual),
         ([third, "--compare"], "--compare", usual),
         ([third.replace("third=", "x=")], "no task x,.*Data_Preparation.py.*--task x=SOURCE", usual),
