@@ -24,9 +24,9 @@ def summary(tmp_path):
     return path
 
 
-def saved_again(path, separator=",", comma=False, percent=False, quote=csv.QUOTE_MINIMAL, end="\n", extra=False):
+def saved_again(path, separator=",", comma=False, percent=False, extra=False, **how):
     """The text of a summary as another program writes it."""
-    rows = [row for row in csv.reader(path.read_text().splitlines())]
+    rows = list(csv.reader(path.read_text().splitlines()))
     shares = [index for index, name in enumerate(rows[0]) if name.startswith("accuracy") or name == "right_task"]
     for row in rows[1:]:
         for index in shares if percent else []:
@@ -36,7 +36,7 @@ def saved_again(path, separator=",", comma=False, percent=False, quote=csv.QUOTE
         rows = [["Bemerkung" if index == 0 else "sehr gut", *row, "", ""] for index, row in enumerate(rows)]
         rows = [[], *rows[:1], [""] * len(rows[0]), *rows[1:], []]
     text = io.StringIO(newline="")
-    csv.writer(text, delimiter=separator, quoting=quote, lineterminator=end).writerows(rows)
+    csv.writer(text, delimiter=separator, **how).writerows(rows)
     return text.getvalue()
 
 
@@ -44,9 +44,9 @@ def test_a_summary_that_a_spreadsheet_saved_reads_as_before(summary):
     expected = read_summary(summary)
     assert expected["trainable_parameters"].tolist() == [1234567] * 4 and expected["accuracy_told_task"].isna().sum() == 2
     saved = [
-        saved_again(summary, ";", comma=True).encode(), saved_again(summary, "\t").encode("utf-16"),
-        saved_again(summary, quote=csv.QUOTE_ALL, end="\r\n").encode("utf-8-sig"), saved_again(summary, percent=True).encode(),
-        saved_again(summary, ";", comma=True, percent=True, end="\r").encode(), saved_again(summary, extra=True).encode(),
+        saved_again(summary, ";", comma=True, percent=True, lineterminator="\r").encode(),
+        saved_again(summary, "\t").encode("utf-16"), saved_again(summary, extra=True).encode(),
+        saved_again(summary, quoting=csv.QUOTE_ALL).encode("utf-8-sig"),
     ]
     for content in saved:
         summary.write_bytes(content)
@@ -67,23 +67,17 @@ def test_a_summary_that_nobody_can_have_meant_is_refused_in_one_line(summary):
     good = summary.read_text()
     line = good.splitlines()[1]
     spoilt = {
-        "": "no column method", "method\nFinetune\n": "no column task", good.replace("macro_f1", "f1"): "no column macro_f1",
-        good.replace("macro_f1", "accuracy"): "more than one column accuracy", "\0": "no column",
-        good.replace(line, line.replace("0.845000", "good")): "line 2: accuracy is good",
-        good.replace(line, line.replace("0.845000", "84.5")): "a share between 0 and 1",
-        good.replace(line, line.replace("0.845000", "nan")): "accuracy is nan",
-        good.replace(line, line.replace("0.845000", "")): "accuracy is empty",
-        good.replace(line, line.replace("12.500000", "inf")): "seconds is inf",
-        good.replace(line, line.replace("1234567", "0.5")): "not a whole number",
-        good.replace(line, line.replace("Finetune", "")): "method is empty", good.replace(line, line + ",7"): "more cells",
-        good.replace(line, '"' + line): "cannot be read",
-    }
+        "": "no column method", good.replace("macro_f1", "f1"): "no column macro_f1",
+        good.replace("macro_f1", "accuracy"): "more than one column accuracy", b"method,\xff\xe9": "cannot be read",
+        good.replace(line, '"' + line): "cannot be read", good.replace(line, line + ",7"): "more cells",
+    } | {good.replace(line, line.replace(old, new)): says for old, new, says in [
+        ("0.845000", "good", "line 2: accuracy is good"), ("0.845000", "84.5", "a share between 0 and 1"),
+        ("0.845000", "", "accuracy is empty"), ("12.500000", "inf", "seconds is inf"),
+        ("1234567", "0.5", "not a whole number"), ("Finetune", "", "method is empty"),
+    ]}
     for content, says in spoilt.items():
-        summary.write_text(content)
+        summary.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError) as refusal:
             read_summary(summary)
         said = str(refusal.value)
         assert says in said and str(summary) in said and "--overwrite" in said and "\n" not in said, said
-    summary.write_bytes(b"method,\xff\xe9")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_summary(summary)

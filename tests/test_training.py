@@ -1,7 +1,6 @@
 """Tests of the training loop and the evaluation, on heads and tiny backbones."""
 
 import dataclasses
-import math
 import re
 
 import numpy as np
@@ -12,7 +11,6 @@ from pipeline import tiny_beit
 from torch import nn
 from trainings import CLASSES, WIDTH, examples, head, pictures, settings, trained, weights
 
-from common.errors import UserError
 from common.training import evaluate as evaluation
 from common.training.evaluate import evaluate
 from common.training.loop import fit
@@ -70,22 +68,17 @@ def test_the_model_as_it_comes_can_be_the_chosen_one():
         assert history["chosen"].sum() == 1 and history.drop(0).notna().all(axis=None)
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit():
+def test_the_same_seed_gives_the_same_weights_bit_for_bit_whatever_ran_before():
+    """With activations that are dropped at random, in either precision."""
     for precision in ("fp32", "bf16"):
-        config = settings(precision=precision)
-        assert torch.equal(trained(config)[0], trained(config)[0])
-    assert not torch.equal(trained(settings(seed=1))[0], trained(settings(seed=2))[0])
-
-
-def test_what_is_dropped_in_training_follows_the_seed_alone():
-    found = []
-    for _ in range(2):
-        model = tiny_beit(0, drop_path_rate=0.5, num_labels=CLASSES)
-        torch.rand(7 * len(found))  # whatever ran before
-        config = settings(seed=1, epochs=1, learning_rate=1e-3, batch_size=4)
-        fit(model, pictures(8), pictures(4, seed=1), config, "test")
-        found.append(weights(model))
-    assert torch.equal(*found)
+        found = []
+        for seed in (1, 1, 2):
+            model = tiny_beit(0, drop_path_rate=0.5, num_labels=CLASSES)
+            torch.rand(7 * len(found))
+            config = settings(seed=seed, epochs=1, learning_rate=1e-3, batch_size=4, precision=precision)
+            fit(model, pictures(8), pictures(4, seed=1), config, "test")
+            found.append(weights(model))
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_frozen_parameters_stay_and_groups_learn_at_their_share_of_the_rate():
@@ -98,21 +91,13 @@ def test_frozen_parameters_stay_and_groups_learn_at_their_share_of_the_rate():
     assert torch.equal(model[1].weight, weight) and not torch.equal(model[1].bias, bias)
 
 
-def test_a_loss_that_is_not_finite_stops():
-    for part in ("train", "validation"):
-        broken = examples(16)
-        broken.inputs[3, 0] = math.inf
-        with pytest.raises(UserError, match="loss is .*--learning_rate"):
-            trained(settings(), **{part: broken})
-
-
-def test_evaluation_gives_the_softmax_in_order_and_the_mean_loss_whatever_the_size_of_its_batches(monkeypatch):
+def test_evaluation_gives_the_softmax_in_order_and_the_mean_loss_whatever_its_batches_and_the_precision(monkeypatch):
     model, data = head(), examples(21)
     with torch.no_grad():
         logits = model(data.inputs)
-    for size in (1, 4, 5, 100):
+    for size, precision in ((1, "fp32"), (5, "fp32"), (5, "bf16"), (100, "bf16")):
         monkeypatch.setattr(evaluation, "EVALUATION_BATCH", size)
-        probabilities, loss = evaluate(model, data, settings())
+        probabilities, loss = evaluate(model, data, settings(precision=precision))
         assert np.allclose(probabilities, logits.softmax(1), atol=1e-6)
         assert loss == pytest.approx(F.cross_entropy(logits, data.labels).item(), abs=1e-6)
 
@@ -124,19 +109,12 @@ def test_evaluation_drops_nothing_and_changes_nothing():
     assert torch.equal(weights(model), before)
 
 
-def test_evaluation_is_in_fp32_even_where_training_is_in_bf16():
-    model, data = head(), examples(21)
-    exact, mixed = (evaluate(model, data, settings(precision=precision))[0] for precision in ("fp32", "bf16"))
-    assert np.array_equal(exact, mixed)
-
-
 def test_the_rate_rises_to_its_peak_and_falls_towards_zero():
-    for warmup, total in [(0, 10), (4, 10), (1, 2), (10, 10), (20, 10)]:
+    for warmup, total in [(0, 10), (4, 10), (10, 10), (20, 10)]:
         shares = [warmup_cosine(warmup, total)(step) for step in range(total)]
         rising, falling = shares[:warmup], shares[warmup:]
         assert rising == sorted(rising) and falling == sorted(falling, reverse=True)
-        assert all(0 < share <= 1 for share in shares)
-        assert not falling or falling[0] == 1
+        assert all(0 < share <= 1 for share in shares) and falling[:1] in ([], [1])
     share = warmup_cosine(4, 24)
     assert [share(0), share(3), share(14), share(24)] == pytest.approx([0.2, 0.8, 0.5, 0])
 
@@ -154,16 +132,10 @@ def test_every_parameter_learns_at_the_rate_of_its_depth():
 
 
 def test_weight_decay_is_of_matrices_alone():
-    """Not of biases, norms, layer scales, positions and tokens: without gradients these stay as they are."""
+    """Not of biases, norms, layer scales, positions and tokens."""
     model = tiny_beit(0, num_labels=CLASSES, use_absolute_position_embeddings=True)
-    with torch.no_grad():
-        for parameter in model.parameters():  # some begin as zeros, which no decay changes
-            parameter.add_(1)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.1, weight_decay=0.5)
-    model(torch.randn(2, 3, 32, 32)).logits.sum().backward()
-    for parameter in model.parameters():
-        parameter.grad.zero_()
-    optimizer.step()
-    smaller = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert smaller == {name for name in before if re.search(r"(proj|fc\d|projection|classifier)\.weight$", name)}
+    decayed = {id(parameter) for group in parameter_groups(model) if group.get("weight_decay") != 0
+               for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = re.search(r"(proj|fc\d|projection|classifier)\.weight$", name)
+        assert (id(parameter) in decayed) == bool(matrix), name
