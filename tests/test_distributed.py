@@ -14,95 +14,83 @@ from common.training import distributed
 
 pytest_plugins = ["warm_process"]
 
-PRECISE = ["--precision", "fp32"]
-TITLES = ["Fire_Risk", "Game"]
+SHARED = ["--precision", "fp32", "--epochs", "1"]
 # Flags of each script. Batches of 7 images in training and of 3 in evaluation: neither these nor the steps come out even.
 FLAGS = {
-    "Finetune": ["--batch_size", "7", "--gradient_checkpointing"],
-    "Lora_Finetune": ["--batch_size", "23", "--largest_batch", "--checkpoint_every_steps", "1"],  # a step of 1 image remains
+    "Finetune": [*SHARED, "--batch_size", "7", "--gradient_checkpointing"],
+    "Lora_Finetune": [*SHARED, "--batch_size", "23", "--largest_batch"],  # a step of 1 image remains
     # By small steps: where a gradient is hardly more than rounding, Adam makes a whole one, in another direction.
-    "CGM_Lora": ["--batch_size", "7", "--learning_rate", "1e-4"],
+    "CGM_Lora": [*SHARED, "--batch_size", "7", "--learning_rate", "1e-4"],
 }
 UNEVEN = {"common.training.evaluate.EVALUATION_BATCH": 3}
 
 
 @pytest.fixture(scope="module")
-def by_one(tmp_path_factory, workspace, warm_process):
-    """Where one process has run the scripts that compute."""
-    return run_scripts(tmp_path_factory.mktemp("by_one"), workspace, warm_process, 1)
+def both(tmp_path_factory, workspace, warm_process):
+    """Where one process has run the scripts that compute, and where two have."""
+    places = []
+    for number in (1, 2):
+        root = tmp_path_factory.mktemp(f"by_{number}")
+        places.append(workspace.copy(root, "fire_dataset", "game_dataset", "tasks.json", "Results/Base_Models"))
+        for script, flags in FLAGS.items():
+            done = warm_process.run(f"{script}.py", *places[-1].flags(script, *flags), processes=number, constants=UNEVEN)
+            assert (done.status, done.errors) == (0, "")
+            assert done.output.count("Results are in") == 1  # one of them speaks
+    return places
 
 
-@pytest.fixture(scope="module")
-def by_two(tmp_path_factory, workspace, warm_process):
-    """Where two processes have."""
-    return run_scripts(tmp_path_factory.mktemp("by_two"), workspace, warm_process, 2)
-
-
-def run_scripts(root, workspace, warm_process, number):
-    """The scripts that train, by so many processes."""
-    place = workspace.copy(root, "fire_dataset", "game_dataset", "tasks.json", "Results/Base_Models")
-    for script, flags in FLAGS.items():
-        done = warm_process.run(f"{script}.py", *place.flags(script, *PRECISE, *flags), processes=number, constants=UNEVEN)
-        assert (done.status, done.errors) == (0, "")
-        assert done.output.count("Results are in") == 1  # one of them speaks
-    return place
-
-
-def test_two_processes_leave_the_same_files_as_one_and_no_others(by_one, by_two):
-    assert files_in(by_two.root) == files_in(by_one.root)
-
-
-def test_every_image_is_predicted_once_in_order_as_by_one_process(by_one, by_two):
-    for method, title in itertools.product(("Finetune", "Lora_Finetune", "CGM_Lora"), TITLES):
-        one, two = (place.predictions(method, title) for place in (by_one, by_two))
+def test_two_processes_predict_every_image_once_in_order_as_one(both):
+    for method, title in itertools.product(FLAGS, ["Fire_Risk", "Game"]):
+        one, two = (place.predictions(method, title) for place in both)
         assert list(one) == list(two)
         assert one["Image"].equals(two["Image"]) and one["Actual Class"].equals(two["Actual Class"])
         numbers = [name for name in one if name.startswith(("Probability", "Gate"))]
         # The closed-form fit of the gates inverts a covariance: rounding of sums in another order grows with its condition.
         assert np.allclose(one[numbers], two[numbers], atol=1e-4 if method == "CGM_Lora" else 1e-5), (method, title)
-
-
-def test_two_processes_train_as_one(by_one, by_two):
-    """On the same images, in the same order, moved alike: all that differs is the order in which numbers are added up.
-
-    Where a gradient is hardly more than that, as of a few gates', Adam makes a step of it all the same.
-    """
-    for name in files_in(by_one.results):
-        if name.endswith(".safetensors"):
-            one, two = (np.concatenate([values.ravel() for _, values in sorted(load_file(place.results / name).items())])
-                        for place in (by_one, by_two))
-            assert np.mean(np.abs(one - two) > 1e-5) < (0.01 if "cgm" in name else 1e-9), name
-        elif name.endswith("_History.csv"):
-            one, two = (pd.read_csv(place.results / name) for place in (by_one, by_two))
-            assert np.allclose(one, two, atol=1e-5, equal_nan=True), (name, one - two)
-
-
-def test_scores_and_images_are_counted_once(by_one, by_two):
     counted = ["method", "task", "accuracy", "trainable_parameters"]
-    one, two = (place.summary() for place in (by_one, by_two))
+    one, two = (place.summary() for place in both)
     assert one[counted].equals(two[counted])
     seen = [table["seconds"] * table["images_per_second"] for table in (one, two)]
     assert np.allclose(*seen, rtol=1e-3, equal_nan=True)
 
 
-def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_they_were(warm_process, by_two, tmp_path):
-    place = by_two.copy(tmp_path / "root", *NEEDED["Finetune"])
-    flags = place.flags("Finetune", *PRECISE, *FLAGS["Finetune"], "--checkpoint_every_steps", "1")
-    killed = warm_process.run("Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 11), processes=2, constants=UNEVEN)
+def test_two_processes_train_as_one_and_leave_the_same_files(both):
+    """On the same images, in the same order, moved alike: all that differs is the order in which numbers are added up.
+
+    Where a gradient is hardly more than that, as of a few gates', Adam makes a step of it all the same.
+    """
+    assert files_in(both[0].root) == files_in(both[1].root)
+    for name in files_in(both[0].results):
+        if name.endswith(".safetensors"):
+            one, two = (np.concatenate([values.ravel() for _, values in sorted(load_file(place.results / name).items())])
+                        for place in both)
+            assert np.mean(np.abs(one - two) > 1e-5) < (0.01 if "cgm" in name else 1e-9), name
+        elif name.endswith("_History.csv"):
+            one, two = (pd.read_csv(place.results / name) for place in both)
+            assert np.allclose(one, two, atol=1e-5, equal_nan=True), (name, one - two)
+
+
+def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_they_were(warm_process, both, tmp_path):
+    """Then they have the results of a run that was not killed, and running them again is of no effect."""
+    place = both[1].copy(tmp_path / "root", *NEEDED["Finetune"])
+    flags = place.flags("Finetune", *FLAGS["Finetune"], "--checkpoint_every_steps", "1")
+    killed = warm_process.run("Finetune.py", *flags, kill_at=("torch.optim.AdamW.step", 7), processes=2, constants=UNEVEN)
     assert killed.status and killed.errors == "Finetune.py: another process has ended; run the same command to go on\n"
     ended = warm_process.run("Finetune.py", *flags, processes=2, constants=UNEVEN)
-    assert (ended.status, ended.errors) == (0, "") and "going on: finetune game, epoch 1/2, step 2/4" in ended.output
-    assert differences(place, by_two, "Finetune") == []
+    assert (ended.status, ended.errors) == (0, "") and "going on: finetune game, epoch 1/1, step 2/4" in ended.output
+    assert differences(place, both[1], "Finetune") == []
+    before = hashes(place.root)
+    again = warm_process.run("Finetune.py", *flags, processes=2)
+    assert again.status == 0 and again.output.count("Finetune is finished already") == 1 and hashes(place.root) == before
 
 
 def test_what_is_wrong_is_said_once(warm_process, mutable):
-    for script, flags, words in [
-        ("Finetune", ["--learning_rate", "-1"], "--learning_rate"),  # before they have met
-        ("Finetune", ["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
-        ("Finetune", ["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
-        ("Benchmark", ["--device", "cpu:0", "--overwrite"], "--device cpu:0"),
+    for flags, words in [
+        (["--learning_rate", "-1"], "--learning_rate"),  # before they have met
+        (["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
+        (["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
     ]:
-        ended = warm_process.run(f"{script}.py", *mutable.flags(script, *flags), processes=2)
+        ended = warm_process.run("Finetune.py", *mutable.flags("Finetune", *flags), processes=2)
         assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
 
 
@@ -113,9 +101,8 @@ def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
                       "def main(config):\n    if distributed.rank() == 1:\n        1 / 0\n    distributed.any_of(False)\n\n"
                       "run(main, BenchmarkConfig)\n")
     ended = warm_process.run(script, "--device", "cpu", processes=2)
-    assert ended.status and ended.errors.count("rank 1: Traceback (most recent call last):\n") == 1
+    assert ended.status and ended.errors.count("Traceback") == 1
     assert "\nZeroDivisionError: division by zero\nrank 1: faulty.py: unexpected ZeroDivisionError" in ended.errors
-    assert ended.errors.count("Traceback") == 1
 
 
 def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
@@ -123,13 +110,6 @@ def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
     done = warm_process.run("Data_Preparation.py", *place.flags("Data_Preparation"), processes=2)
     assert (done.status, done.errors) == (0, "") and done.output.count("fire risk: 24 train") == 1
     assert differences(place, workspace, "Data_Preparation") == []
-
-
-def test_a_finished_run_is_finished_for_all(warm_process, by_two):
-    before = hashes(by_two.root)
-    done = warm_process.run("Finetune.py", *by_two.flags("Finetune", *PRECISE, *FLAGS["Finetune"]), processes=2)
-    assert done.status == 0 and done.output.count("Finetune is finished already") == 1
-    assert hashes(by_two.root) == before
 
 
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch):

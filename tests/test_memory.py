@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from trainings import CLASSES, examples, settings, trained, weights
+from trainings import examples, head, settings, trained, weights
 
 from common import models
 from common.errors import UserError
@@ -69,21 +69,19 @@ def test_the_largest_batch_is_the_largest_part_of_a_step_that_fits(capsys):
 
 def test_an_evaluation_takes_the_batches_that_fit():
     """And one image that does not fit is one line."""
-    class Limited(torch.nn.Linear):
-        most, sizes = 5, []
+    most, sizes = [5], []
 
-        def forward(self, x):
-            self.sizes.append(len(x))
-            if len(x) > self.most and not self.training:
-                raise torch.OutOfMemoryError(CUDA)
-            return super().forward(x)
+    def limit(model, passed):
+        sizes.append(len(passed[0]))
+        if sizes[-1] > most[0]:
+            raise torch.OutOfMemoryError(CUDA)
 
-    model, data = Limited(6, CLASSES), examples(22)
-    plain = torch.nn.Linear(6, CLASSES)
-    plain.load_state_dict(model.state_dict())
-    expected, found = evaluate(plain, data, settings()), evaluate(model, data, settings())
-    assert model.sizes == [22, 11, 6, *[3] * 7, 1]
+    model, data = head(), examples(22)
+    expected = evaluate(model, data, settings())
+    model.register_forward_pre_hook(limit)
+    found = evaluate(model, data, settings())
+    assert sizes == [22, 11, 6, *[3] * 7, 1]
     assert np.array_equal(found[0], expected[0]) and found[1] == pytest.approx(expected[1])
-    model.most = 0
+    most[0] = 0
     with pytest.raises(UserError, match="out of memory for a single image"):
         evaluate(model, data, settings())
