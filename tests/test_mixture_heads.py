@@ -3,7 +3,9 @@
 import itertools
 
 import torch
+import transformers
 from mixture_models import BEIT, CASES, CLASSES, JOINT, LLAMA, PLAIN, assert_close, logits, recorded, refused
+from PIL import Image
 from torch import nn
 
 from ContextGatedMOE import ContextGatedMOE, Expert
@@ -133,3 +135,14 @@ def test_classes_that_do_not_fit_the_experts_are_refused_and_the_base_is_left_al
         base = PLAIN.build()
         with refused(base, message):
             ContextGatedMOE(base, chosen, classes, same=same)
+
+
+def test_the_pipeline_of_transformers_names_expert_and_class():
+    processor = transformers.BeitImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    model, picture = BEIT.joint(), Image.new("RGB", (20, 30), (200, 10, 90))
+    classify = transformers.pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    expected = logits(model, {"pixel_values": processor(picture, return_tensors="pt").pixel_values}).exp()[0]
+    answers = classify(picture, top_k=8)
+    assert {answer["label"] for answer in answers} == {f"{expert}: {label}" for expert, label in model.labels}
+    for answer in answers:
+        assert abs(answer["score"] - expected[model.config.label2id[answer["label"]]].item()) < 1e-5
