@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from pipeline import tiny_beit
 
@@ -19,33 +18,24 @@ from tests.bench.xlora import XLora
 
 pytest_plugins = ["warm_process"]
 
-
 # One of each kind; the others are these at another size or over another quantity.
-KINDS = ["lora", "mixture_training", "mixture_inference", "heads", "experts", "image_count", "parts", "evaluation_batch"]
+KINDS = ["mixture_training", "heads", "image_count", "parts", "evaluation_batch"]
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    """What a quick run of one benchmark of each kind writes."""
-    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    torch.set_num_threads(1)  # models as tiny as these only wait for more
-    main(["--quick", "--device", "cpu", "--output", str(folder), *KINDS])
-    torch.set_num_threads(threads)
-    return folder
-
-
-def test_a_benchmark_writes_its_times_its_ratios_and_a_picture(output, capsys):
+def test_a_benchmark_writes_its_times_its_ratios_and_a_picture(tmp_path, capsys):
+    main(["--quick", "--device", "cpu", "--output", str(tmp_path), *KINDS])
     for name in KINDS:
-        times = pd.read_csv(output / f"{name}.csv")
+        times = pd.read_csv(tmp_path / f"{name}.csv")
         assert (times["benchmark"] == name).all() and times["case"].is_unique and (times["rounds"] == 1).all()
         assert times["seconds"].between(times["seconds_low"], times["seconds_high"]).all()
         numbers = times[["seconds_low", "images", "images_per_second", "gflop", "gemm_gflop_per_second", "of_the_limit"]]
         assert (numbers > 0).all(axis=None)
-        if (output / f"{name}_ratios.csv").stat().st_size > 1:
-            ratios = pd.read_csv(output / f"{name}_ratios.csv")
+        if (tmp_path / f"{name}_ratios.csv").stat().st_size > 1:
+            ratios = pd.read_csv(tmp_path / f"{name}_ratios.csv")
             assert (ratios["low"] > 0).all() and ratios["ratio"].between(ratios["low"], ratios["high"]).all()
-        with Image.open(output / f"{name}.png") as picture:
+        with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 200
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
@@ -61,69 +51,53 @@ def test_cases_take_turns(tmp_path):
     assert list(ratios["what"]) == ["a / b", "limit / a"]
 
 
-def test_operations_are_those_of_the_matrix_products():
-    """16 patches and the class token, two blocks of width 32, by hand."""
-    model, tokens = tiny_beit(0, num_labels=4), 17
+def test_operations_are_those_of_the_matrix_products_of_all_experts_and_gates():
+    """By hand: 16 patches and the class token, two blocks of width 32; three experts of rank 16, in each of the blocks
+    products with A and B and a gate, at last the heads."""
+    base, tokens, experts_in_all, rank, hidden = tiny_beit(0, num_labels=4), 17, 3, 3 * 16, 128
+    image = torch.randn(3, 32, 32)
     linear = 2 * tokens * (4 * 32 * 32 + 2 * 32 * 64)
     attention = 2 * 2 * tokens * tokens * 32
     patches, head = 2 * 16 * 32 * (3 * 8 * 8), 2 * 32 * 4
-    assert forward_flops(model, torch.randn(3, 32, 32)) == 2 * (linear + attention) + patches + head
-
-
-def test_operations_of_a_mixture_are_those_of_all_experts_and_gates():
-    """Three experts of rank 16 by hand: in each of two blocks products with A and B and a gate, at last the heads."""
-    base, tokens, experts_in_all, rank, hidden = tiny_beit(0, num_labels=4), 17, 3, 3 * 16, 128
-    model = mixture(base, experts_in_all)
+    assert forward_flops(base, image) == 2 * (linear + attention) + patches + head
     widths = [(32, 32)] * 4 + [(32, 64), (64, 32)]
     updates = sum(2 * tokens * rank * (wide + out) for wide, out in widths)
     pooled = 2 * tokens * ((2 + 4) * 32 + 4 * hidden)  # mean, deviation and four parts of the tokens, four of the hidden units
     gate = 2 * tokens * 32 * hidden + pooled + 2 * (6 * 32 + 4 * hidden) * experts_in_all
-    head = (experts_in_all - 1) * 2 * 32 * 4
-    image = torch.randn(3, 32, 32)
-    assert forward_flops(model, image) - forward_flops(base, image) == 2 * (updates + gate) + head
+    added = forward_flops(mixture(base, experts_in_all), image) - forward_flops(base, image)
+    assert added == 2 * (updates + gate) + (experts_in_all - 1) * head
 
 
 def test_the_xlora_loop_over_equal_experts_is_that_one_adapter():
     base, images = tiny_beit(0, num_labels=4).eval(), torch.randn(3, 3, 32, 32)
-    one = experts(base, 1)[0]
-    loop = XLora(twin(base), [Expert("a", one.updates), Expert("b", one.updates)])
+    updates = experts(base, 1)[0].updates
+    loop, plain = XLora(twin(base), [Expert(name, updates) for name in "ab"]), base(images).logits
     torch.nn.init.normal_(loop.weigh.weight)
-    adapted = [name.rpartition(".")[2] for name in one.updates]
-    model = get_peft_model(twin(base), LoraConfig(r=16, lora_alpha=16, target_modules=adapted))
     with torch.no_grad():
-        for name, (down, up) in one.updates.items():
-            layer = model.get_base_model().get_submodule(name)
-            layer.lora_A["default"].weight.copy_(down)
-            layer.lora_B["default"].weight.copy_(up)
-        expected = model(images).logits
-        assert torch.allclose(loop(images).logits, expected, atol=1e-5)
-        assert not torch.allclose(base(images).logits, expected, atol=1e-3)
+        found = loop(images).logits
+        for name, (down, up) in updates.items():
+            base.get_submodule(name).weight += up @ down
+    assert torch.allclose(found, base(images).logits, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
     loop(images).logits.sum().backward()  # and only its weighing learns
     assert {name for name, parameter in loop.named_parameters() if parameter.grad is not None} == {"weigh.weight", "weigh.bias"}
 
 
-def test_large_data_are_measured_in_processes_of_their_own(tmp_path, monkeypatch, warm_process):
-    """Here in a fork of one that has the libraries already."""
+def test_data_are_prepared_and_stored_in_processes_of_their_own(tmp_path, monkeypatch, warm_process):
+    """Here in a fork of one that has the libraries already; a process whose memory is told only sleeps."""
     def run(command, **_):
         ended = warm_process.run("tests/bench/data.py", *command[3:])
         return SimpleNamespace(returncode=ended.status, stdout=ended.output, stderr=ended.errors)
 
-    monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=run))
-    main(["--quick", "--output", str(tmp_path), "duplicates", "stored"])
-    row = pd.read_csv(tmp_path / "duplicates.csv").iloc[0]
-    assert (row["hashes"], row["groups"]) == (500, 375) and row["seconds"] > 0
-    row = pd.read_csv(tmp_path / "stored.csv").iloc[0]
-    assert row["gb"] == pytest.approx(200 * 3 * 64 * 64 / 1e9, rel=1e-2)
-    assert 0 < row["low"] <= row["speed_of_memory"] <= row["high"]
-
-
-def test_images_are_prepared_in_a_process_whose_memory_is_told(tmp_path, monkeypatch):
-    """The process is one that only sleeps; what it is to do is done here."""
     start = subprocess.Popen
+    monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(preparation.subprocess, "Popen", lambda command, **how: (
         preparation.main(*command[3:]), start(["sleep", "0.1"], **how))[1])
-    main(["--quick", "--output", str(tmp_path), "preparation"])
-    row = pd.read_csv(tmp_path / "preparation.csv").iloc[0]
-    assert (row["images"], row["width"], row["height"]) == (40, 640, 360) and row["mib_of_images"] > 1
-    assert row["images_per_second"] == pytest.approx(40 / row["seconds"], rel=1e-3)
-    assert row["cores"] > 0 and row["peak_memory_mib"] > 0
+    main(["--quick", "--output", str(tmp_path), "duplicates", "stored", "preparation"])
+    duplicates, stored, prepared = (pd.read_csv(tmp_path / f"{name}.csv").iloc[0]
+                                    for name in ("duplicates", "stored", "preparation"))
+    assert (duplicates["hashes"], duplicates["groups"]) == (500, 375) and duplicates["seconds"] > 0
+    assert stored["gb"] == pytest.approx(200 * 3 * 64 * 64 / 1e9, rel=1e-2)
+    assert 0 < stored["low"] <= stored["speed_of_memory"] <= stored["high"]
+    assert (prepared["images"], prepared["width"], prepared["height"]) == (40, 640, 360) and prepared["mib_of_images"] > 1
+    assert prepared["images_per_second"] == pytest.approx(40 / prepared["seconds"], rel=1e-3)
+    assert prepared["cores"] > 0 and prepared["peak_memory_mib"] > 0

@@ -119,7 +119,7 @@ def test_a_script_ends_with_its_status_and_a_line_where_there_is_something_to_sa
     fault = "a fault of the program; the lines above tell where\n"
     for then, status, last in (
             ("print('done')", 0, ""),
-            ("raise UserError('a\udcff\nb')", 2, "script.py: a\\udcff b\n"),  # with a path that is no UTF-8
+            ("raise UserError('a\\udcff\\nb')", 2, "script.py: a\\udcff b\n"),  # with a path that is no UTF-8
             ("os.kill(os.getpid(), 15)", 130, stopped),
             ("raise OSError('libcudart.so.12: cannot open shared object file')", 1, f"script.py: unexpected OSError, {fault}"),
             ("open('/no/such/file')", 1, f"script.py: unexpected FileNotFoundError, {fault}")):

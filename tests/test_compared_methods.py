@@ -58,16 +58,14 @@ def read_heads(bench, features):
     return features.numpy() @ weight.T + bias
 
 
-def test_an_experts_body_and_head_are_the_mixture_with_that_gate(bench, model, folders, images):
+def test_an_experts_body_is_the_mixture_with_that_gate_and_the_mean_of_all_that_with_equal_gates(
+        bench, model, folders, images):
     for number, (key, folder) in enumerate(zip(KEYS, folders, strict=True)):
         own = bench.space.own(number)
         with model.fixed_gates({key: 1.0}):
             expected = logits(model, {"pixel_values": images})[:, bench.columns][:, own]
         features = logits(methods.expert_body(bench.config, bench.tasks, folder), {"pixel_values": images})
         assert_close(torch.tensor(read_heads(bench, features)[:, own]).log_softmax(1), expected)
-
-
-def test_the_mean_of_peft_cat_is_the_mixture_with_a_uniform_body(bench, model, folders, images):
     scores = {}
     with model.router.using(body=torch.full((2,), 0.5), scores=scores):
         logits(model, {"pixel_values": images})
@@ -75,28 +73,26 @@ def test_the_mean_of_peft_cat_is_the_mixture_with_a_uniform_body(bench, model, f
     assert_close(torch.tensor(read_heads(bench, merged)), scores[model.joint_head.name][:, bench.columns])  # logits
 
 
-def test_a_uniform_body_leaves_the_evidence_to_the_head(bench, model, images):
+def test_a_uniform_body_leaves_the_evidence_to_the_head(model, images):
     """The gates still tell images apart, and the answer follows them; choosing one expert changes nothing of the body."""
-    found = []
+    found, head = [], model.joint_head
     for top_k in (None, 1):
         model.top_k, scores = top_k, {}
         with model.router.using(body=torch.tensor([0.5, 0.5]), scores=scores), model.record_gates() as gates:
             answer = logits(model, {"pixel_values": images})
-        found.append(scores[model.joint_head.name])
-        last = [*gates.values()][-1]
-        own = model.joint_head.own(found[-1], model.joint_head.expert_scale)
-        assert last.std(0).min() > 1e-4 and not torch.allclose(answer, own.log_softmax(1), atol=1e-3)
-    assert_close(found[0], found[1])
+        found.append(scores[head.name])
+        assert [*gates.values()][-1].std(0).min() > 1e-4
+        assert not torch.allclose(answer, head.own(found[-1], head.expert_scale).log_softmax(1), atol=1e-3)
+    assert_close(*found)
 
 
-def test_gates_of_the_plain_pass_are_those_of_the_plain_backbone(bench, model, tasks):
-    model.joint_head.expert_scale.data.fill_(1.7)
+def test_gates_of_the_plain_pass_are_those_of_the_plain_backbone(bench, model):
+    head, features = model.joint_head, {}
+    head.expert_scale.data.fill_(1.7)
     gates = bench._gates(model)
-    features = {}
     with torch.no_grad(), model.router.using(plain=True, features=features):
         model(pixel_values=bench.test.batch(torch.arange(len(bench.test))))
         evidence = sum(gate.coefficient * gate(features[name]) for name, gate in model.gates().items())
-        head = model.joint_head
         expected = head.classes.experts(evidence)[:, head.classes.owner]
         adds = (head.router_scale * head.classes.experts(evidence)).log_softmax(1)[:, head.classes.owner]
         adds = adds + head.class_share * head.classes.classes(evidence)
@@ -138,13 +134,16 @@ def test_adapters_of_different_ranks_are_merged_where_peft_can(bench, monkeypatc
     assert list(bench.comparison.methods) == ["cat merge, surest head"] and capsys.readouterr().out.count("left out") == 6
 
 
-def test_the_earlier_formulation_averages_gates_over_the_batch_and_mixes_a_and_b_apart(model, images):
+def test_the_earlier_formulation_averages_gates_over_the_batch_and_mixes_a_and_b_apart(config, tasks, model, images):
+    """With one expert chosen it is the mixture."""
     layer, passed = model.mixture_layers()[LAYER], []
-    earlier = methods.earlier_formulation(model)
-    changed = model.base_model.get_submodule(LAYER)
-    changed.register_forward_hook(lambda _, args, output: passed.extend([*args, output]))
+    earlier = methods.earlier_formulation(mixture.build(config, tasks))
+    earlier.load_state_dict(contest._trainable(model), strict=False)
+    assert {name for name, value in earlier.named_parameters() if value.requires_grad} == set(contest._trainable(model))
+    hook = earlier.base_model.get_submodule(LAYER).register_forward_hook(lambda _, args, output: passed.extend([*args, output]))
     with earlier.record_gates() as gates:
         whole = logits(earlier, {"pixel_values": images})
+    hook.remove()
     weights = gates[LAYER.removesuffix(".mlp.fc1")].mean(0)
     down = sum(weight * part for weight, part in zip(weights, layer.lora_A.split(layer.ranks), strict=True))
     up = sum(weight * part for weight, part in zip(weights, layer.lora_B.split(layer.ranks, 1), strict=True))
@@ -152,52 +151,42 @@ def test_the_earlier_formulation_averages_gates_over_the_batch_and_mixes_a_and_b
     assert_close(y, layer.base(x) + x @ down.T @ up.T)
     alone = torch.cat([logits(earlier, {"pixel_values": image[None]}) for image in images])
     assert (whole - alone).abs().max() > 1e-4
-
-
-def test_with_one_expert_chosen_the_earlier_formulation_is_the_mixture(config, tasks, model, images):
-    earlier = methods.earlier_formulation(mixture.build(config, tasks))
-    earlier.load_state_dict(contest._trainable(model), strict=False)
-    assert {name for name, value in earlier.named_parameters() if value.requires_grad} == set(contest._trainable(model))
     for key in KEYS:
         with model.fixed_gates({key: 1.0}), earlier.fixed_gates({key: 1.0}):
             assert_close(logits(earlier, {"pixel_values": images}), logits(model, {"pixel_values": images}))
 
 
 def test_pure_batches_hold_one_task_and_keep_the_order(bench, monkeypatch):
-    seen = []
+    seen, collect = [], passes.collect
     monkeypatch.setattr(contest, "train_gates", lambda *_: None)
     monkeypatch.setattr(bench, "results", SimpleNamespace(checkpoint=lambda name: None))
     monkeypatch.setattr(methods, "earlier_formulation", lambda _: bench.mixture)  # which no batch mate matters to
-    collect = passes.collect
-    monkeypatch.setattr(contest, "collect", lambda model, data, *rest: seen.append(data.tasks.unique().tolist()) or collect(
-        model, data, *rest))
+    monkeypatch.setattr(contest, "collect", lambda model, data, *rest: (
+        seen.append(data.tasks.unique().tolist()), collect(model, data, *rest))[1])
     bench._earlier(contest._trainable(bench.mixture))
     assert seen == [[0, 1], [0], [1]]
     mixed, pure = (bench.comparison.methods[f"{EARLIER}, {batches} batches"].runs[0] for batches in ("mixed", "pure"))
     assert np.allclose(mixed, pure, atol=1e-5)
 
 
+@pytest.mark.parametrize("better", [0, 1])
 def test_the_joint_lora_has_the_total_rank_the_base_models_heads_and_the_better_of_two_learning_rates(
-        config, tasks, monkeypatch):
-    heads = [models.load_base(config, data).classifier for data in tasks]
-    for better in (0, 1):
-        fits = []
+        config, tasks, monkeypatch, better):
+    heads, fits = [models.load_base(config, data).classifier for data in tasks], []
 
-        def fit(*arguments, fits=fits, better=better, **named):
-            fits.append((arguments, named))
-            return Fit(pd.DataFrame({"validation_loss": [2.0, 0.5 if len(fits) - 1 == better else 0.6]}), 0.0, 0)
+    def fit(model, train, validation, settings, *_, objective, **named):
+        fits.append((model, settings.learning_rate))
+        assert (len(train), len(validation)) == (48, 16) and objective.first.tolist() == [0, 4]
+        assert (settings.epochs, settings.batch_size, settings.augment) == (2, 8, True)
+        return Fit(pd.DataFrame({"validation_loss": [2.0, 0.5 if len(fits) - 1 == better else 0.6]}), 0.0, 0)
 
-        monkeypatch.setattr(methods, "fit", fit)
-        model = methods.joint_lora(config, tasks, [16, 8])
-        assert model is fits[better][0][0]
-        adapter = model.peft_config["default"]
-        assert (adapter.r, adapter.lora_alpha) == (24, 48)
-        assert_close(model.base_model.model.classifier.weight, torch.cat([head.weight for head in heads]))
-        assert_close(model.base_model.model.classifier.bias, torch.cat([head.bias for head in heads]))
-        assert [settings.learning_rate for (_, _, _, settings, _), _ in fits] == [2e-3, 1e-3]
-        for (_, train, validation, settings, _), named in fits:
-            assert (len(train), len(validation)) == (48, 16) and named["objective"].first.tolist() == [0, 4]
-            assert (settings.epochs, settings.batch_size, settings.augment) == (2, 8, True)
+    monkeypatch.setattr(methods, "fit", fit)
+    model = methods.joint_lora(config, tasks, [16, 8])
+    assert model is fits[better][0] and [learning_rate for _, learning_rate in fits] == [2e-3, 1e-3]
+    adapter, head = model.peft_config["default"], model.base_model.model.classifier
+    assert (adapter.r, adapter.lora_alpha) == (24, 48)
+    assert_close(head.weight, torch.cat([own.weight for own in heads]))
+    assert_close(head.bias, torch.cat([own.bias for own in heads]))
 
 
 def test_a_router_sees_tokens_behind_early_blocks_and_the_pooled_features(bench, config, tasks):

@@ -81,26 +81,18 @@ def test_a_script_runs_as_from_a_terminal(tmp_path, capfd):
     assert capfd.readouterr().out == f"{[str(script), '--a', 'b c']}\n"
 
 
-def stop_first_of_two(folder, number, everyone, then):
-    """Run two scripts and ask the first to stop, which then does `then`; status, output, errors."""
-    (folder / "first.py").write_text(SLOW.format(then=then))
-    (folder / "second.py").write_text("print('second')")
-    command = [sys.executable, "-c", TWO_SCRIPTS, str(folder / "second"), str(folder / "first")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
-                          start_new_session=True) as process:
-        while "at work" not in process.stdout.readline():
-            pass
-        (os.killpg if everyone else os.kill)(process.pid, number)
-        output, errors = process.communicate()
-    return process.returncode, output, errors
-
-
 def test_ctrl_c_and_sigterm_let_a_script_save_and_start_no_other(tmp_path):
     """Ctrl-C comes to both processes, SIGTERM to run_all alone. Whether the script was at its end or not, all ends there."""
-    for number, everyone, then in (
-            (signal.SIGINT, True, "raise"), (signal.SIGINT, True, "pass"), (signal.SIGTERM, False, "raise"),
-            (signal.SIGTERM, False, "sys.exit(3)")):
-        status, output, errors = stop_first_of_two(tmp_path, number, everyone, then)
+    command = [sys.executable, "-c", TWO_SCRIPTS, str(tmp_path / "second"), str(tmp_path / "first")]
+    (tmp_path / "second.py").write_text("print('second')")
+    for number, send, then in ((signal.SIGINT, os.killpg, "raise"), (signal.SIGTERM, os.kill, "sys.exit(3)")):
+        (tmp_path / "first.py").write_text(SLOW.format(then=then))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+                              start_new_session=True) as process:
+            while "at work" not in process.stdout.readline():
+                pass
+            send(process.pid, number)
+            output, errors = process.communicate()
         told = ["first.py", "-c"] if then == "raise" else ["-c"]
-        assert (status, output) == (130, "saved\n"), (number, then, errors)
+        assert (process.returncode, output) == (130, "saved\n"), (number, then, errors)
         assert [line.partition(": interrupted; ")[0] for line in errors.splitlines()] == told

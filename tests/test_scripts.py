@@ -11,6 +11,7 @@ from datasets import load_from_disk
 from peft import PeftModel
 from PIL import Image
 from pipeline import METHODS, PREDICTIONS, Workspace, files_in, hashes
+from refusals import RESULTS_OF
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, BeitForImageClassification
 
@@ -27,14 +28,16 @@ from ContextGatedMOE import ContextGatedMOE
 
 TITLES = {"fire": "Fire_Risk", "game": "Game"}
 EVERY_ROW = [(method, title) for method in METHODS for title in TITLES.values()]  # of the summary
-HISTORIES = {
-    "Base_Models": ["fire_base", "game_base"], "Finetune": ["Finetuned_Fire_Risk", "Finetuned_Game"],
-    "Lora_Finetune": ["Lora_Fire_Risk", "Lora_Game"], "CGM_Lora": ["CGM_Lora"],
-}
-MODEL_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "provenance.json"]
-LORA_FILES = ["adapter_config.json", "adapter_model.safetensors", *MODEL_FILES[2:]]
+HISTORIES = [
+    "Base_Models/fire_base", "Base_Models/game_base", "Finetune/Finetuned_Fire_Risk", "Finetune/Finetuned_Game",
+    "Lora_Finetune/Lora_Fire_Risk", "Lora_Finetune/Lora_Game", "CGM_Lora/CGM_Lora"]
 MIXTURE = "CGM_Lora/Models/fire_game_cgm_lora"
-MIXTURE_FILES = ["cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors", "config.json", *MODEL_FILES[2:]]
+MODELS = {  # folder -> its files, beside those that all have
+    **{f"Base_Models/{key}_base": ["config.json", "model.safetensors"] for key in TITLES},
+    **{f"Finetune/Models/{key}_finetune": ["config.json", "model.safetensors"] for key in TITLES},
+    **{f"Lora_Finetune/Models/{key}_lora_finetune": ["adapter_config.json", "adapter_model.safetensors"] for key in TITLES},
+    MIXTURE: ["config.json", "cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors"],
+}
 LINEARS = [f"beit.layers.{block}.{linear}" for block in range(2) for linear in (
     "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")]
 LEARNED = (  # how the names of a mixture's trainable tensors end
@@ -42,27 +45,21 @@ LEARNED = (  # how the names of a mixture's trainable tensors end
     "class_share")
 # A setting of every script that makes other results.
 OTHER_SETTING = {
-    "Data_Preparation": ["--images_per_class", "12"], "Generate_Base_Model": ["--epochs", "1"], "Benchmark": ["--seed", "1"],
-    "Finetune": ["--layer_decay", "0.5"], "Lora_Finetune": ["--lora_rank", "2"], "CGM_Lora": ["--gate_hidden", "2"],
+    "CGM_Lora": ["--gate_hidden", "2"], "Lora_Finetune": ["--lora_rank", "2"], "Finetune": ["--layer_decay", "0.5"],
+    "Benchmark": ["--seed", "1"], "Generate_Base_Model": ["--epochs", "1"], "Data_Preparation": ["--images_per_class", "12"],
 }
-RESULTS_OF = {script: "Base_Models" if script == "Generate_Base_Model" else script for script in SCRIPTS}
 
 
 def expected_results():
     """Every file of Results/, as the design lists them."""
     names = {"Benchmark_Data", "index.html", "summary.csv", *(f"{method}/config.json" for method in METHODS)}
-    names |= {f"{method}/{name}_History.csv" for method, names in HISTORIES.items() for name in names}
-    for key, title in TITLES.items():
-        names |= {f"Base_Models/{key}_base/{name}" for name in MODEL_FILES}
-        names |= {f"Finetune/Models/{key}_finetune/{name}" for name in MODEL_FILES}
-        names |= {f"Lora_Finetune/Models/{key}_lora_finetune/{name}" for name in LORA_FILES}
-        for folder, prefix in PREDICTIONS.items():
-            names |= {f"{folder}/{prefix}_{title}{end}" for end in (".csv", "_Confusion_Matrix.png")}
-        for stem in (f"Finetune/Finetuned_{title}", f"Lora_Finetune/Lora_{title}"):
-            names |= {f"{stem}_Losses.png", f"{stem}_Accuracies.png"}
-    names |= {f"{MIXTURE}/{name}" for name in MIXTURE_FILES}
-    parts = ("Losses.png", "Accuracies.png", "Routing.png", "Routing.csv", "Confusion_Matrix.png")
-    return names | {f"CGM_Lora/CGM_Lora_{name}" for name in parts}
+    names |= {f"{name}_History.csv" for name in HISTORIES}
+    names |= {f"{name}_{curve}.png" for name in HISTORIES[2:] for curve in ("Losses", "Accuracies")}
+    names |= {f"{folder}/{prefix}_{title}{end}" for folder, prefix in PREDICTIONS.items() for title in TITLES.values()
+              for end in (".csv", "_Confusion_Matrix.png")}
+    names |= {f"{folder}/{name}" for folder, own in MODELS.items()
+              for name in (*own, "preprocessor_config.json", "provenance.json")}
+    return names | {f"CGM_Lora/CGM_Lora_{name}" for name in ("Routing.png", "Routing.csv", "Confusion_Matrix.png")}
 
 
 def open_trained(workspace, method, key):
@@ -86,20 +83,16 @@ def mixture_tensors(workspace):
     return load_file(workspace.results / MIXTURE / "cgm_model.safetensors")
 
 
-# ---- files ----
-
-
 def test_results_hold_the_files_of_the_design_and_no_others(workspace):
     assert files_in(workspace.results) == expected_results()
     assert {path.name for path in workspace.root.iterdir()} == {"Results", "fire_dataset", "game_dataset", "tasks.json"}
     assert os.readlink(workspace.results / "Benchmark_Data") == "Benchmark"
-    for name in expected_results():
-        if name.endswith(".png"):
-            with Image.open(workspace.results / name) as image:
-                pixels = np.asarray(image.convert("L"))
-            assert min(pixels.shape) > 200 and pixels.std() > 5, name
-        elif name.endswith(".json"):  # so that results can be moved
-            assert str(workspace.root) not in (workspace.results / name).read_text(), name
+    for path in workspace.results.rglob("*.png"):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert min(pixels.shape) > 200 and pixels.std() > 5, path
+    for path in workspace.results.rglob("*.json"):  # so that results can be moved
+        assert str(workspace.root) not in path.read_text(), path
 
 
 def test_config_json_tells_the_settings_and_all_that_results_were_made_from(workspace, tasks):
@@ -110,12 +103,8 @@ def test_config_json_tells_the_settings_and_all_that_results_were_made_from(work
         assert config["demo"] is True and config["seed"] == 3407 and config["model"] == workspace.model
         assert config["data"] == {data.task.key: data.fingerprint for data in tasks}
         assert config["packages"] == versions() and len(config["backbone"]) == 64
-        if method in starts:
-            kind, folder = starts[method]
+        for kind, folder in [starts[method]] if method in starts else []:
             assert config[kind] == {key: models.fingerprint(workspace.results / folder.format(key)) for key in TITLES}
-
-
-# ---- predictions, summary and history ----
 
 
 def test_predictions_are_one_row_a_test_image_with_its_most_probable_class(workspace, tasks):
@@ -148,22 +137,20 @@ def test_the_routing_table_has_the_mean_weights_before_every_block_for_every_tas
 
 
 def test_the_summary_agrees_with_predictions_and_confusion_matrices_and_counts_what_was_trained(workspace, tasks):
-    summary, head = workspace.summary(), 4 * 32 + 4
+    summary = workspace.summary()
     assert list(summary) == ["method", "task", "accuracy", "accuracy_low", "accuracy_high", "macro_f1",
                              "accuracy_told_task", "right_task", "near_duplicates_in_test", "trainable_parameters",
                              "seconds", "images_per_second", "peak_memory_mib"]
     assert list(zip(summary["method"], summary["task"], strict=True)) == EVERY_ROW
     assert (summary["peak_memory_mib"] > 0).all() and (summary["near_duplicates_in_test"] == 0).all()
     assert summary["accuracy"].between(summary["accuracy_low"], summary["accuracy_high"]).all()
+    gates = sum(value.numel() for name, value in mixture_tensors(workspace).items() if name.endswith(LEARNED))
     for row, data in zip(summary.to_dict("records"), [*tasks] * len(METHODS), strict=True):
         key, method, classes = data.task.key, row["method"], data.classes
-        if method != "Benchmark":
-            trained = {  # heads, all weights, adapters with their heads, gates: counted anew from the saved files
-                "Base_Models": head,
-                "Finetune": sum(parameter.numel() for parameter in open_trained(workspace, "Finetune", key).parameters()),
-                "Lora_Finetune": sum(tensor.numel() for tensor in adapter_tensors(workspace, key).values()),
-                "CGM_Lora": sum(value.numel() for name, value in mixture_tensors(workspace).items() if name.endswith(LEARNED)),
-            }
+        if method != "Benchmark":  # heads, all weights, adapters with their heads, gates: counted anew from the saved files
+            trained = {"Base_Models": 4 * 32 + 4, "Finetune": open_trained(workspace, "Finetune", key).num_parameters(),
+                       "Lora_Finetune": sum(tensor.numel() for tensor in adapter_tensors(workspace, key).values()),
+                       "CGM_Lora": gates}
             assert row["trainable_parameters"] == trained[method]
         if method == "Base_Models":  # which has no table
             said = evaluate(open_trained(workspace, method, key), data.test, workspace.config("Benchmark"))[0].argmax(1)
@@ -177,16 +164,12 @@ def test_the_summary_agrees_with_predictions_and_confusion_matrices_and_counts_w
 
 
 def test_a_history_has_a_row_per_epoch_and_the_chosen_one_has_the_lowest_validation_loss(workspace):
-    for method, names in HISTORIES.items():
-        for name in names:
-            history = pd.read_csv(workspace.results / method / f"{name}_History.csv")
-            assert list(history) == [
-                "epoch", "training_loss", "validation_loss", "training_accuracy", "validation_accuracy", "chosen"]
-            assert list(history["epoch"]) == ([0, 1, 2] if method == "CGM_Lora" else [1, 2])  # 0: the start of the gates
-            assert history["chosen"].sum() == 1 and history["chosen"].idxmax() == history["validation_loss"].idxmin()
-
-
-# ---- models ----
+    for name in HISTORIES:
+        history = pd.read_csv(workspace.results / f"{name}_History.csv")
+        assert list(history) == [
+            "epoch", "training_loss", "validation_loss", "training_accuracy", "validation_accuracy", "chosen"]
+        assert list(history["epoch"]) == ([0, 1, 2] if "CGM" in name else [1, 2])  # 0: the start of the gates
+        assert history["chosen"].sum() == 1 and history["chosen"].idxmax() == history["validation_loss"].idxmin()
 
 
 def test_a_saved_model_gives_the_written_probabilities_whatever_the_other_images_of_the_batch(workspace, tasks, monkeypatch):
@@ -216,43 +199,33 @@ def test_a_base_model_has_the_pretrained_backbone_bit_for_bit(workspace):
 def test_the_mixture_holds_gates_and_the_experts_as_they_were_trained_and_nothing_else(workspace):
     """Stacked, with scale alpha / rank = 2; the statistics of the images are in a file of their own."""
     stacked, experts = mixture_tensors(workspace), [adapter_tensors(workspace, key) for key in TITLES]
-    for key, expert in zip(TITLES, experts, strict=True):
-        head = load_file(workspace.results / "Base_Models" / f"{key}_base/model.safetensors")["classifier.weight"]
-        assert not torch.equal(expert["base_model.model.classifier.weight"], head)
-        assert set(expert) == {f"base_model.model.{linear}.lora_{matrix}.weight" for linear in LINEARS for matrix in "AB"} | {
-            f"base_model.model.classifier.{part}" for part in ("weight", "bias")}
+    expected = {}
     for linear in LINEARS:
-        down = torch.cat([expert[f"base_model.model.{linear}.lora_A.weight"] for expert in experts])
-        up = torch.cat([expert[f"base_model.model.{linear}.lora_B.weight"] for expert in experts], dim=1)
-        assert torch.equal(stacked[f"{linear}.lora_A"], down) and torch.equal(stacked[f"{linear}.lora_B"], 2 * up)
-        assert up.any(0).all()  # peft starts with zeros
+        down, up = ([expert.pop(f"base_model.model.{linear}.lora_{part}.weight") for expert in experts] for part in "AB")
+        expected |= {f"{linear}.lora_A": torch.cat(down), f"{linear}.lora_B": 2 * torch.cat(up, dim=1)}
+        assert torch.cat(up, dim=1).any(0).all()  # peft starts with zeros
     for part in ("weight", "bias"):
-        heads = torch.cat([expert[f"base_model.model.classifier.{part}"] for expert in experts])
-        assert torch.equal(stacked[f"classifier.expert_{part}"], heads)
-    gates = {f"beit.layers.{block}.context_gate.{name}" for block in range(2)
-             for name in ("score.weight", "score.bias", "coefficient", "axes", "origin", "centres")}
-    head = {f"classifier.{name}" for name in ("expert_weight", "expert_bias", "router_scale", "expert_scale", "class_share")}
-    assert set(stacked) == gates | head | {f"{linear}.lora_{matrix}" for linear in LINEARS for matrix in "AB"}
-
-
-# ---- running a finished script again ----
+        heads = [expert.pop(f"base_model.model.classifier.{part}") for expert in experts]
+        expected[f"classifier.expert_{part}"] = torch.cat(heads)
+        for key, head in zip(TITLES, heads, strict=True):
+            start = load_file(workspace.results / "Base_Models" / f"{key}_base/model.safetensors")
+            assert not torch.equal(head, start[f"classifier.{part}"])
+    assert experts == [{}, {}] and all(torch.equal(stacked.pop(name), tensor) for name, tensor in expected.items())
+    assert set(stacked) == {f"classifier.{name}" for name in ("router_scale", "expert_scale", "class_share")} | {
+        f"beit.layers.{block}.context_gate.{name}" for block in range(2)
+        for name in ("score.weight", "score.bias", "coefficient", "axes", "origin", "centres")}
 
 
 def test_a_finished_script_does_nothing_but_say_so_and_show_its_scores(workspace, capsys, monkeypatch):
-    def times():
-        return {name: (workspace.root / name).lstat().st_mtime_ns for name in files_in(workspace.root)}
-
-    before = times()
+    before = {name: (workspace.root / name).lstat().st_mtime_ns for name in files_in(workspace.root)}
+    monkeypatch.setattr("common.results.folder.versions", lambda: {**versions(), "torch": "1.0"})
     for script in SCRIPTS:
         workspace.run(script)
         said = capsys.readouterr().out
         if script != "Data_Preparation":
             assert f"{RESULTS_OF[script]} is finished already" in said and "Fire_Risk" in said and "Game" in said
-    monkeypatch.setattr("common.results.folder.versions", lambda: {**versions(), "torch": "1.0"})
-    workspace.run("Finetune")
-    said = capsys.readouterr().out
-    assert f"made with packages.torch = {versions()['torch']}, not 1.0" in said and "Finetune is finished already" in said
-    assert times() == before
+            assert f"made with packages.torch = {versions()['torch']}, not 1.0" in said
+    assert {name: (workspace.root / name).lstat().st_mtime_ns for name in files_in(workspace.root)} == before
 
 
 def test_a_backbone_that_was_moved_is_the_same_one(workspace, mutable, capsys):
@@ -268,7 +241,7 @@ def test_a_backbone_that_was_moved_is_the_same_one(workspace, mutable, capsys):
 
 
 def test_other_settings_are_refused_by_name_and_made_with_overwrite(mutable):
-    """The new setting is in config.json, models and predictions are others, and the summary still has a row for each."""
+    """The new setting is in config.json, predictions are others, and the summary still has a row for each."""
     whole = hashes(mutable.root)
     for script, (flag, value) in OTHER_SETTING.items():
         with pytest.raises(UserError) as refusal:
@@ -276,15 +249,14 @@ def test_other_settings_are_refused_by_name_and_made_with_overwrite(mutable):
         said = str(refusal.value)
         assert f"{flag[2:]} = " in said and f"not {value};" in said and "--overwrite" in said
     assert hashes(mutable.root) == whole
-    for script in ("CGM_Lora", "Finetune", "Benchmark", "Data_Preparation"):  # the data, which all start from, come last
+    for script in ("CGM_Lora", "Benchmark"):
         flag, value = OTHER_SETTING[script]
         mutable.run(script, flag, value, "--overwrite")
-        if script == "Data_Preparation":
-            assert [len(data.train) + len(data.validation) + len(data.test) for data in mutable.tasks()] == [48, 48]
-            continue
         folder, now = RESULTS_OF[script], hashes(mutable.root)
         assert str(read_json(mutable.results / folder / "config.json", "")[flag[2:]]) == value
         made = [name for name in now if name.startswith(f"Results/{folder}/") and name.endswith((".safetensors", ".csv"))]
         assert made and all(now[name] != whole[name] for name in made)
         assert files_in(mutable.results) == expected_results()
         assert sorted(mutable.summary()[["method", "task"]].itertuples(index=False, name=None)) == sorted(EVERY_ROW)
+    mutable.run("Data_Preparation", *OTHER_SETTING["Data_Preparation"], "--overwrite")
+    assert [len(data.train) + len(data.validation) + len(data.test) for data in mutable.tasks()] == [48, 48]

@@ -14,20 +14,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from hub import Hub, serve
+from hub import serve
 
 from common.cli.run import LIBRARIES
 
 PROJECT = Path(__file__).parents[1]
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """How a process ended: exit status, stdout, stderr."""
 
     status: int
@@ -52,42 +50,40 @@ class WarmProcess:
             [sys.executable, __file__], env={**inherited, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, script: str | Path, *arguments: object, kill_after: float | None = None,
-            kill_at: tuple[object, ...] | None = None, processes: int = 1,
-            constants: dict[str, object] | None = None) -> Outcome:
+    def run(self, script, *arguments, kill_at=None, processes=1, constants=None) -> Outcome:
         """Run a script of the project, or any other by its full path, in one process or in several that work together.
 
-        It is ended by SIGKILL after `kill_after` seconds, or when it is about to call, for the given time, the function of
-        the given name, such as ("os.replace", 3); of several processes, the last one is. With the name of an exception and
-        what it holds behind that, as in ("os.replace", 3, "OSError", 28, "no space left"), the call raises it instead.
+        It is ended by SIGKILL when it is about to call, for the given time, the function of the given name, such as
+        ("os.replace", 3); of several processes, the last one is. With the name of an exception and what it holds behind
+        that, as in ("os.replace", 3, "OSError", 28, "no space left"), the call raises it instead.
         constants: values of module constants by their full names, in place of the usual ones.
         """
         streams = [self.folder / "output", self.folder / "errors"]
         for path in streams:
             path.write_bytes(b"")
         argv = [str(PROJECT / script), *map(str, arguments)]
-        order = argv, [str(path) for path in streams], kill_at, kill_after, processes, constants or {}
+        order = argv, [str(path) for path in streams], constants or {}, kill_at, processes
         print(json.dumps(order), file=self.process.stdin, flush=True)
         return Outcome(int(self.process.stdout.readline()), *(path.read_text(encoding="utf-8") for path in streams))
 
-    def close(self) -> None:
-        """End the process."""
-        with self.process:  # closes its pipes and waits
-            self.process.kill()
+
+def free_port() -> int:
+    """A port at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
-def warm_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
+def warm_process(tmp_path_factory):
     """The process; without the fixture `hub` beside it, nothing listens where it looks for the Hub."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = WarmProcess(tmp_path_factory.mktemp("warm_process"), port)
-    yield process
-    process.close()
+    warm = WarmProcess(tmp_path_factory.mktemp("warm_process"), free_port())
+    with warm.process:  # closes its pipes and waits
+        yield warm
+        warm.process.kill()
 
 
 @pytest.fixture
-def hub(warm_process: WarmProcess) -> Iterator[Hub]:
+def hub(warm_process):
     """A hub without repositories, where the warm process looks for it; nothing of it is cached yet."""
     shutil.rmtree(warm_process.cache, ignore_errors=True)
     with serve({}, warm_process.port) as running:
@@ -99,29 +95,20 @@ def _run_orders() -> None:
     importlib.import_module("common.comparison.compare")
     importlib.import_module("common.results.folder")
     for line in sys.stdin:
-        argv, streams, kill_at, kill_after, number, constants = json.loads(line)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        *what, kill_at, number = json.loads(line)
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
         children = []
         for rank in range(number):
-            together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "RANK": rank,
-                        "LOCAL_WORLD_SIZE": number, "LOCAL_RANK": rank} if number > 1 else {}
-            doomed = kill_at if rank == number - 1 else None
-            started = argv, streams, doomed, together, constants
+            environment = {**together, "RANK": rank, "LOCAL_RANK": rank} if number > 1 else {}
+            started = *what, kill_at if rank == number - 1 else None, environment
             children.append(multiprocessing.get_context("fork").Process(target=_run_script, args=started))
             children[-1].start()
-        children[-1].join(kill_after)
-        if children[-1].is_alive():
-            children[-1].kill()
         for child in children:
             child.join()
         print(max((child.exitcode for child in children), key=abs), flush=True)
 
 
-def _run_script(
-    argv: list[str], streams: list[str], kill_at: tuple[object, ...] | None, environment: dict[str, object],
-    constants: dict[str, object],
-) -> None:
+def _run_script(argv, streams, constants, kill_at, environment) -> None:
     """Run a script with its stdout and stderr in files."""
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
@@ -136,13 +123,13 @@ def _run_script(
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def _kill_at(name: str, call: int, error: str = "", *held: object) -> None:
+def _kill_at(name, call, error="", *held) -> None:
     """Let this process kill itself, or raise an error, when it is about to call the function for the `call`-th time."""
     owner, _, attribute = name.rpartition(".")
     place = pkgutil.resolve_name(owner)
     function, calls = getattr(place, attribute), itertools.count(1)
 
-    def counted(*arguments: object, **named: object) -> object:
+    def counted(*arguments, **named):
         if next(calls) == call:
             if error:
                 raise getattr(builtins, error)(*held)
