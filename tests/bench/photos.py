@@ -23,12 +23,12 @@ from ContextGatedMOE import ContextGatedMOE
 from tests.bench.measure import Settings
 from tests.bench.scripts import PROJECT
 
-FEW, MANY = 16, 1000
+FEW, MANY = 16, 3000
 BATCH = 32
 
 
 def run_photos(settings: Settings) -> pd.DataFrame:
-    """predict on 1,000 images of --root, a folder with a finished mixture, and the bare loop, each in processes of its own in
+    """predict on 3,000 images of --root, a folder with a finished mixture, and the bare loop, each in processes of its own in
     turn: seconds for 16 images, for all, and images a second in between."""
     tasks = read_tasks(settings.root)
     mixture = mixture_folder(str(settings.root), [task.key for task in tasks])
