@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 from datasets import load_from_disk
+from PIL import Image
 
 from common import predict
 from common.cli.flags import PredictConfig
@@ -36,6 +37,17 @@ def test_the_answers_are_those_of_the_mixtures_own_results_and_a_damaged_image_i
         ask(workspace, output, photos)
     told = capsys.readouterr()  # a line of column names, and one an image that can be read
     assert "001.png" in told.err and len(told.out.splitlines()) == len(answers)
+
+
+def test_any_image_that_can_be_prepared_can_be_asked_about(workspace, tmp_path):
+    square = Image.new("RGB", (50, 40), (200, 30, 30))
+    kinds = {"grey.png": square.convert("L"), "seen_through.png": square.convert("RGBA"),
+             "deep.png": Image.new("I;16", (50, 40), 900), "palette.gif": square.convert("P"),
+             "print.jpg": square.convert("CMYK")}
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    answers = ask(workspace, tmp_path / "answers.csv", *(tmp_path / name for name in kinds))
+    assert len(answers) == len(kinds)
 
 
 def test_what_cannot_be_asked_is_one_line(workspace, tmp_path):
