@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,3 +125,18 @@ def test_images_are_read_only_as_fast_as_they_are_used():
         for used, result in enumerate(in_order(pool, slow, (taken.append(item) or item for item in range(200)))):
             assert result == used and len(taken) <= used + AHEAD
     assert len(taken) == 200
+
+
+def test_what_has_not_begun_when_reading_ends_early_is_left_undone():
+    begun, go_on = [], threading.Event()
+
+    def wait(item):
+        begun.append(item)
+        return item if item == 0 else go_on.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        results = in_order(pool, wait, range(2 * AHEAD))
+        assert next(results) == 0
+        results.close()
+        go_on.set()
+    assert len(begun) <= 2  # the first, and the one at work
