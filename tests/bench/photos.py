@@ -3,10 +3,8 @@
 `python -m tests.bench.photos MIXTURE FOLDER` is that loop, as whoever needs no table of answers would write it.
 """
 
-import subprocess
 import sys
 import tempfile
-import time
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from common.models import mixture_folder
 from common.tasks import read_tasks
 from ContextGatedMOE import ContextGatedMOE
 from tests.bench.measure import Settings
-from tests.bench.scripts import PROJECT
+from tests.bench.scripts import seconds_of
 
 FEW, MANY = 16, 3000
 BATCH = 32
@@ -42,7 +40,7 @@ def run_photos(settings: Settings) -> pd.DataFrame:
         commands = {"bare loop": ["tests.bench.photos", str(mixture)], "predict": ["common.predict", "--root", settings.root]}
         for number in range(settings.repeats):
             for name, command in commands.items():
-                first, seconds = _seconds([*command, few]), _seconds([*command, many])
+                first, seconds = (seconds_of([sys.executable, "-m", *command, folder], name) for folder in (few, many))
                 rate = (len(list(many.iterdir())) - FEW) / (seconds - first)
                 rows.append({"round": number, "what": name, "seconds_for_few": first, "seconds": seconds,
                              "images_per_second": rate})
@@ -55,16 +53,6 @@ def _write(datasets: list[Path], folder: Path, count: int) -> None:
     images = [row["image"] for dataset in datasets for row in load_from_disk(str(dataset))["test"]]
     for number, image in enumerate(islice(cycle(images), count)):
         image.save(folder / f"{number:04}.png")
-
-
-def _seconds(arguments: list[object]) -> float:
-    """Seconds that a module takes as a process, from its start to its end."""
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=PROJECT, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{arguments[0]} ended with status {done.returncode}: {done.stderr.strip()}")
-    return time.perf_counter() - started
 
 
 @torch.no_grad()

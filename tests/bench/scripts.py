@@ -34,14 +34,19 @@ def _run(script: str, config: type, root: Path, settings: Settings) -> dict[str,
     if settings.quick:
         flags += ["--images_per_class", "10"]
     command = [sys.executable, "-m", "tests.bench.phases", profile, PROJECT / f"{script}.py", *flags]
-    started = time.perf_counter()
-    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        raise UserError(f"{script}.py ended with status {done.returncode}: {done.stderr.strip()}")
+    seconds = seconds_of(command, f"{script}.py")
     spent = {phase: 0.0 for phase in PHASES} | json.loads(profile.read_text(encoding="utf-8"))
     spent["other"] += max(0.0, seconds - sum(spent.values()))
     return {"script": script, "seconds": seconds, **spent}
+
+
+def seconds_of(command: list[object], name: str) -> float:
+    """Seconds that a process takes, from its start to its end. Raises UserError, with `name`, if it fails."""
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{name} ended with status {done.returncode}: {done.stderr.strip()}")
+    return time.perf_counter() - started
 
 
 def picture(table: pd.DataFrame, machine: str) -> Figure:
