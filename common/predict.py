@@ -31,11 +31,10 @@ def main(config: PredictConfig) -> None:
     Raises UserError if there is no mixture or no image; at the end, if some images could not be read.
     """
     paths = find_images(config.images)
-    folder = finished_mixture(config)
-
     from common import models  # the libraries that take time, once it is known that there is something to do
     from common.training.distributed import device_of
 
+    folder = finished_mixture(config)
     model, processor, device = open_mixture(folder, config), models.load_processor(str(folder)), device_of(config)
     model.to(device)
     width = min(40, max(len(str(path)) for path in paths))

@@ -33,7 +33,10 @@ MOST_NEW_OBJECTS = 50_000
 
 
 def set_up_libraries() -> None:
-    """Set the libraries' log levels, progress bars and warnings. Call it before they are imported."""
+    """Set the libraries' log levels, progress bars, threads and warnings, and how often Python looks for garbage.
+
+    Call it before they are imported.
+    """
     gc.set_threshold(MOST_NEW_OBJECTS)
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)
