@@ -63,7 +63,7 @@ def make(
     stacks = stack_updates(experts, {name: base for name, base in bases.items() if name in adapted})
     layers: dict[str, MixtureLayer] = {}
     for name, base in bases.items():
-        layer = heads[name] if name in heads else MixtureLinear(base, *stacks[name], name, router)
+        layer = heads[name] if name in heads else MixtureLinear(base, *stacks[name], name)
         layers[name] = layer.train(base.training)
     units: dict[Unit, Gate | None] = {}
     for unit, gated in find_units(model, adapted, replaced):

@@ -77,62 +77,73 @@ def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[s
     return {layer: statistics.rounded() for layer, statistics in found.items()}
 
 
-def calibrate(model: nn.Module, images: Mapping[str, Batches], rounds: int = 2) -> float:
+def calibrate(model: nn.Module, images: Mapping[str, Batches]) -> float:
     """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
 
     A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of
-    their images. Another round sees the images again, through the weights that the last one has found. Returns the loss.
+    their images. The images are seen twice: first up to the last gate, for the gates' coefficients alone, then to the end,
+    through the weights that these have given. Returns the loss.
     """
-    loss = float("nan")
-    for _ in range(rounds):
-        loss = _fit(model, *_seen(model, images))
-    return loss
+    _fit(model, *_seen(model, images, whole=False))
+    return _fit(model, *_seen(model, images, whole=True))
 
 
 @torch.no_grad()
-def _seen(model: nn.Module, images: Mapping[str, Batches]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of the gates (N, gates, C), the experts' own logits (N, C), joint labels (N,), and weights (N,)."""
+def _seen(model: nn.Module, images: Mapping[str, Batches], whole: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Scores of the gates (N, gates, C), the experts' own logits (N, C) or, of passes that end at the last gate, None, joint
+    labels (N,), and weights (N,)."""
     all_scores, all_logits, all_labels, all_weights = [], [], [], []
-    head = model.joint_head
+    head, until = model.joint_head, None if whole else len(model.gates())
     for name, own_images in images.items():
         first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
         for inputs, labels in batches(own_images, model):
             scores: dict[str, Tensor] = {}
-            with model.router.using(scores=scores):
+            with suppress(Enough), model.router.using(scores=scores, until=until):
                 model.base_model(**inputs)
-            all_logits.append(scores.pop(head.name))
+            logits = scores.pop(head.name, None)
+            if whole:
+                all_logits.append(logits)
             all_scores.append(torch.stack(list(scores.values()), dim=1))
             all_labels.append(labels + start)
         count = sum(len(labels) for labels in all_labels[first:])
         all_weights += [torch.full((len(labels),), 1 / (count * len(images))) for labels in all_labels[first:]]
-    device = all_logits[0].device
-    return torch.cat(all_scores), torch.cat(all_logits), torch.cat(all_labels).to(device), torch.cat(all_weights).to(device)
+    labels, weights = torch.cat(all_labels), torch.cat(all_weights)
+    device = all_scores[0].device
+    return torch.cat(all_scores), torch.cat(all_logits) if whole else None, labels.to(device), weights.to(device)
 
 
 @torch.enable_grad()
-def _fit(model: nn.Module, scores: Tensor, logits: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """Choose the gates' coefficients and the head's numbers by LBFGS; all stay at or above zero."""
+def _fit(model: nn.Module, scores: Tensor, logits: Tensor | None, labels: Tensor, weights: Tensor) -> float:
+    """Choose the gates' coefficients and, where there are logits, the head's numbers by LBFGS; all stay at or above zero."""
     head, gates = model.joint_head, model.gates()
-    if logits.device.type != "mps":  # which has no fp64; elsewhere rounding is not to decide where the search ends
-        scores, logits, weights = scores.double(), logits.double(), weights.double()
-    numbers = [*(gate.coefficient for gate in gates.values()), *(getattr(head, name) for name in HEAD_NUMBERS)]
-    start = torch.tensor([*[START] * len(gates), *HEAD_START], dtype=logits.dtype, device=logits.device)
+    if scores.device.type != "mps":  # which has no fp64; elsewhere rounding is not to decide where the search ends
+        scores, logits, weights = scores.double(), None if logits is None else logits.double(), weights.double()
+    numbers, begin = [gate.coefficient for gate in gates.values()], [START] * len(gates)
+    if logits is not None:
+        numbers, begin = [*numbers, *(getattr(head, name) for name in HEAD_NUMBERS)], [*begin, *HEAD_START]
+    start = torch.tensor(begin, dtype=scores.dtype, device=scores.device)
     free = start.expm1().log().requires_grad_()  # the inverse of softplus
     optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
     owner = head.classes.owner[labels]
 
+    def negative_log_likelihood(said: Tensor, truth: Tensor) -> Tensor:
+        return -(weights * said.gather(1, truth[:, None])[:, 0]).sum()
+
     def loss() -> Tensor:
         optimizer.zero_grad()
         values = F.softplus(free)
-        router_scale, expert_scale, class_share = values[len(gates) :]
-        evidence, total = torch.zeros_like(logits), TOWARDS_START * (values - start).square().sum()
+        evidence, total = torch.zeros_like(scores[:, 0]), TOWARDS_START * (values - start).square().sum()
         for number in range(len(gates)):  # every gate has to route well with what is known before it
             evidence = evidence + values[number] * scores[:, number]
             router = head.classes.experts(evidence)
-            total = total - ROUTING / len(gates) * (weights * router.gather(1, owner[:, None])[:, 0]).sum()
-        router = (router_scale * router).log_softmax(-1)
-        joint = head.own(logits, expert_scale) + router[:, head.classes.owner] + class_share * head.classes.classes(evidence)
-        total = total - (weights * joint.log_softmax(-1).gather(1, labels[:, None])[:, 0]).sum()
+            total = total + ROUTING / len(gates) * negative_log_likelihood(router, owner)
+        if logits is None:
+            total = total + negative_log_likelihood(router, owner)
+        else:
+            router_scale, expert_scale, class_share = values[len(gates) :]
+            router = (router_scale * router).log_softmax(-1)[:, head.classes.owner]
+            joint = head.own(logits, expert_scale) + router + class_share * head.classes.classes(evidence)
+            total = total + negative_log_likelihood(joint.log_softmax(-1), labels)
         total.backward()
         return total
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ContextGatedMOE.routing import Router, per_image
+from ContextGatedMOE.routing import per_image
 
 
 class MixtureLinear(nn.Module):
@@ -15,12 +15,12 @@ class MixtureLinear(nn.Module):
     and `used` (E, r) is 0 where a smaller expert has none. Nothing of it is trained.
     """
 
-    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, ranks: list[int], name: str, router: Router):
+    def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, ranks: list[int], name: str):
         super().__init__()
         self.base = base
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
         self.lora_B = nn.Parameter(lora_B, requires_grad=False)
-        self.ranks, self.name, self.router = ranks, name, router
+        self.ranks, self.name = ranks, name
         sizes, within = torch.tensor(ranks, device=lora_A.device), torch.arange(max(ranks), device=lora_A.device)
         used = within < sizes[:, None]
         rows = (sizes.cumsum(0) - sizes)[:, None] + within
@@ -39,13 +39,13 @@ class MixtureLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in). Returns (..., d_out)."""
-        tokens, weights = per_image(x, self.name)  # (B, N, d_in), (B, E)
+        tokens, weights, top_k = per_image(x, self.name)  # (B, N, d_in), (B, E)
         y = self.base(x)
         if weights is None:
             return y
         # The update is added in place, inside the matrix product: a second tensor as large as y costs more than the update.
-        if self._skips(tokens.shape[1]):
-            weights, chosen = weights.topk(self.router.top_k)  # (B, k)
+        if self._skips(tokens.shape[1], top_k):
+            weights, chosen = weights.topk(top_k)  # (B, k)
             rows, factor = self.rows[chosen].flatten(1), (weights[..., None] * self.used[chosen]).flatten(1)  # (B, k * r)
             low = torch.bmm(tokens, self.lora_A[rows].mT)  # (B, N, k * r)
             low = (low * factor[:, None]).to(y.dtype)
@@ -56,13 +56,12 @@ class MixtureLinear(nn.Module):
             y.view(-1, y.shape[-1]).addmm_(low.flatten(0, 1), self.lora_B.T.to(y.dtype))
         return y
 
-    def _skips(self, tokens: int) -> bool:
+    def _skips(self, tokens: int, top_k: int | None) -> bool:
         """Whether to compute an image's top-k experts only, for that many tokens an image; training needs them all."""
         # Collecting an image's experts costs about as much as 48 tokens more. Measured at BEiT-base size (widths 768 and
         # 3072, rank 16, batch 16, one core), time of all experts over time of k of them: with 197 tokens k = 1 of 2: 1.03
         # to 1.33, 1 of 4: 1.6 to 2.0, 1 of 8: 2.8 to 3.3, 1 of 16: 4.9 to 7.4, 4 of 8: 1.3 to 1.5; with 16 tokens 1 of 2:
         # 0.7 to 0.9, 1 of 8: 1.7 to 2.2; with 1 token always below 1.
-        top_k, settings = self.router.top_k, self.router.settings
-        if top_k is None or self.training or settings.fixed is not None or settings.body is not None:
+        if top_k is None or self.training:
             return False
         return 3 * top_k * self.rows.shape[1] * (tokens + 48) <= 2 * len(self.lora_A) * tokens

@@ -26,7 +26,7 @@ class Settings:
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
     body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. until: a pass ends, by raising
-    `Enough`, when it has recorded the features of so many gates, or None.
+    `Enough`, when it has recorded the features or the scores of so many gates, or None.
     record: filled with {layer name: (B, E)} unless None. features: filled with {layer name: (B, K)}, what the gates see, unless
     None. scores: filled with {layer name: (B, C)}, what the gates say of the classes, and the head's parts, unless None.
     """
@@ -44,21 +44,24 @@ class Settings:
 class Unit:
     """A block, or an adapted layer outside of any block: what the experts are weighed for.
 
-    chain: units of one chain carry the evidence on from one to the next; first: the chain begins here.
+    chain: units of one chain carry the evidence on from one to the next; first: the chain begins here; last: none of its gates
+    comes after this unit.
     """
 
     name: str
     chain: str
     first: bool
+    last: bool
 
 
 @dataclass
 class Evidence:
     """What the gates of a chain have said so far of the classes (B, C), None where the weights are fixed, and the experts'
-    weights (B, E) that follow."""
+    weights (B, E) that follow. top_k: at most so many of them are above zero; None for all."""
 
     classes: Tensor | None
     weights: Tensor
+    top_k: int | None
 
 
 @dataclass
@@ -90,9 +93,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Weights:
-    """The experts' weights (B, E) in one block, None where the experts are left out; tokens: how many an image has there."""
+    """The experts' weights (B, E) in one block, None where the experts are left out. top_k: at most so many of an image's are
+    above zero; None for all. tokens: how many an image has there."""
 
     values: Tensor | None
+    top_k: int | None
     batch: int
     tokens: int
 
@@ -123,6 +128,7 @@ class Router:
     def __init__(self, is_encoder_decoder: bool):
         self.is_encoder_decoder = is_encoder_decoder
         self.top_k: int | None = None
+        self.early_top_k: int | None = None
 
     @property
     def settings(self) -> Settings:
@@ -166,21 +172,21 @@ class Router:
         if x is None:
             raise MixtureError(f"'{unit.name}' got no tensor by which to weigh the experts")
         masked = any(isinstance(value, Tensor) and value.ndim > 1 and value is not x for value in given)
-        values = self._weigh(unit, module, x, masked)
+        values, top_k = self._weigh(unit, module, x, masked)
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for part in module.modules():  # the backward pass may compute a block again, when this pass is long over
                 checkpoint = getattr(part, "_gradient_checkpointing_func", None)
                 if checkpoint is not None and not isinstance(checkpoint, Restoring):
                     part._gradient_checkpointing_func = Restoring(checkpoint)
-        _thread.weights = Weights(values, x.shape[0], x.shape[1:-1].numel()), _thread.weights
+        _thread.weights = Weights(values, top_k, x.shape[0], x.shape[1:-1].numel()), _thread.weights
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After a unit has run, or failed."""
         if _thread.weights is not None:
             _thread.weights = _thread.weights[1]
 
-    def _weigh(self, unit: Unit, module: nn.Module, x: Tensor, masked: bool) -> Tensor | None:
-        """The experts' weights (B, E) in a unit, None where they are left out.
+    def _weigh(self, unit: Unit, module: nn.Module, x: Tensor, masked: bool) -> tuple[Tensor | None, int | None]:
+        """The experts' weights (B, E) in a unit, None where they are left out, and how many are above zero; see `Weights`.
 
         x: (B, ..., D), its input. masked: whether the unit itself may have been given a mask.
         """
@@ -201,22 +207,27 @@ class Router:
                     raise Enough
             scores = None if settings.plain else gate(features)  # (B, C)
         if settings.plain:
-            return None
+            return None, None
         if settings.fixed is not None:
-            evidence = Evidence(None, settings.fixed.to(x.device).expand(batch, -1))
+            evidence = Evidence(None, settings.fixed.to(x.device).expand(batch, -1), None)
         elif scores is None:
             evidence = before or current.latest(batch, unit.name)
         else:
             if settings.scores is not None:
                 settings.scores[unit.name] = scores
+                if len(settings.scores) == settings.until:
+                    raise Enough
             total = gate.coefficient * scores
             total = total if before is None else before.classes.to(total.device) + total
-            evidence = Evidence(total, gate.classes.weights(total, self.top_k, module.training))
+            top_k = self.top_k if unit.last or self.top_k is None else max(self.top_k, self.early_top_k or 1)
+            evidence = Evidence(total, gate.classes.weights(total, top_k, module.training), top_k)
         current.evidence.pop(unit.chain, None)
         current.evidence[unit.chain] = evidence
         if settings.record is not None:
             settings.record[unit.name] = evidence.weights
-        return evidence.weights if settings.body is None else settings.body.to(x.device).expand(batch, -1)
+        if settings.body is not None:
+            return settings.body.to(x.device).expand(batch, -1), None
+        return evidence.weights, evidence.top_k
 
     def _mask(self, current: Pass, unit: Unit, tokens: int, masked: bool) -> Tensor | None:
         """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.
@@ -268,8 +279,9 @@ def current_pass(name: str) -> Pass:
     return current
 
 
-def per_image(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
-    """View the input (..., D) of a layer inside a block as (B, N, D), with the experts' weights (B, E) there.
+def per_image(x: Tensor, name: str) -> tuple[Tensor, Tensor | None, int | None]:
+    """View the input (..., D) of a layer inside a block as (B, N, D), with the experts' weights (B, E) there and how many of
+    an image's are above zero; see `Weights`.
 
     Some models fold tokens into the batch, such as Swin's windows (B * windows, T, D), or flatten both (B * T, D); images stay
     contiguous. Raises MixtureError where rows cannot be told to belong to images, as in layers that get chosen tokens only.
@@ -286,7 +298,7 @@ def per_image(x: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
         )
     values = weights.values if weights.values is None else weights.values.to(x.device)
     tokens = as_tokens(x) if rows == weights.batch else x.reshape(weights.batch, -1, x.shape[-1])
-    return tokens, values
+    return tokens, values, weights.top_k
 
 
 def as_tokens(x: Tensor) -> Tensor:

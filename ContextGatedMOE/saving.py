@@ -35,6 +35,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "same": list,
     "gate_hidden": int,
     "top_k": (int, type(None)),
+    "early_top_k": (int, type(None)),
     "refuse_below": (float, type(None)),
     "ranks": dict,
     "heads": list,
@@ -80,6 +81,7 @@ class Saving:
             "same": self.same,
             "gate_hidden": self.gate_hidden,
             "top_k": self.top_k,
+            "early_top_k": self.early_top_k,
             "refuse_below": None if self.refuse_below is None else float(self.refuse_below),
             "ranks": {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)},
             "heads": heads,
@@ -137,6 +139,7 @@ class Saving:
             model = cls(
                 base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"]
             )
+            model.early_top_k = config["early_top_k"]
             _load_parts(model, tensors)
             model.statistics = _cut_statistics(sums)
         except (MixtureError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -213,6 +216,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MixtureError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise MixtureError(f"{folder / CONFIG_FILE} is not of format {FORMAT}; make the mixture anew from its adapters")
+    config.setdefault("early_top_k", None)  # earlier versions have none
     for name, kind in FIELDS.items():
         if name not in config or not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise MixtureError(f"{folder / CONFIG_FILE} has no sensible {name!r}")

@@ -1,6 +1,7 @@
 """Which parts of a base model the experts are weighed for, and where a gate stands."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -39,9 +40,10 @@ def find_units(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -
         parent = name.rpartition(".")[0]
         chain = "" if len(lists) < 2 else parent if parent in lists else name
         has_gate = name in gated or (parent not in lists and (not lists or not begun & gated or len(lists) > 1))
-        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units)), has_gate))
+        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units), True), has_gate))
         begun.add(name)
-    return units
+    return [(replace(unit, last=not any(gate and after.chain == unit.chain for after, gate in units[number + 1 :])), has_gate)
+            for number, (unit, has_gate) in enumerate(units)]
 
 
 def model_width(module: nn.Module) -> int:

@@ -18,7 +18,8 @@ NEEDED = {"Data_Preparation": [], "Generate_Base_Model": DATA, "Benchmark": DATA
 def differences(place: Workspace, reference: Workspace, script: str) -> list[str]:
     """Files of a place in which only this script has run that are missing, left over or not, byte for byte, the reference's.
 
-    Of the summary, what tells time and memory may differ, and so may the report, which shows it.
+    Of the summary, what tells time and memory may differ, and so may the report, which shows it; what pictures show counts
+    where the place has any.
     """
     parts = MADE[script] + NEEDED[script]
     expected = {name: digest for name, digest in hashes(reference.root).items()
@@ -31,4 +32,6 @@ def differences(place: Workspace, reference: Workspace, script: str) -> list[str
         rows = [summary[summary["method"] == Path(MADE[script][0]).name].drop(columns=MEASURED).to_csv(index=False)
                 for summary in (place.summary(), reference.summary())]
         found["Results/summary.csv"], expected["Results/summary.csv"] = rows
+    if not place.pictures:
+        found |= {name: expected[name] for name in found.keys() & expected.keys() if name.endswith(".png")}
     return [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]

@@ -202,6 +202,7 @@ def test_a_router_sees_tokens_behind_early_blocks_and_the_pooled_features(bench,
 
 def test_few_experts_are_all_used_and_of_many_one_unless_it_is_said(config, tasks):
     assert mixture.build(config, tasks).top_k is None
-    assert mixture.build(replace(config, top_k=1), tasks).top_k == 1
+    model = mixture.build(replace(config, top_k=1), tasks)
+    assert (model.top_k, model.early_top_k) == (1, 3)
     assert [mixture.experts_at_once(config, number) for number in (16, 17)] == [None, 1]
     assert mixture.experts_at_once(replace(config, top_k=3), 99) == 3

@@ -85,13 +85,17 @@ def test_an_image_s_top_experts_alone_are_computed():
     own = [Expert(f"{n}", {layer: (torch.randn(rank, width), torch.randn(out, rank))
                            for layer, (rank, width, out) in shapes.items()}) for n in range(8)]
     inputs = {"x": torch.randn(4, 200, 8)}
-    for top_k in (1, 2, 3, 8):
+    for top_k, early in ((1, None), (1, 3), (2, 1), (3, None), (8, None)):
         model = PLAIN.shared(own, top_k=top_k)
+        model.early_top_k = early
         output, gates = logits(model, inputs), recorded(model, inputs)
         layer = model.base_model.blocks[0]
-        assert layer._skips(200) == (top_k < 4) and all(((weights > 0).sum(1) == top_k).all() for weights in gates.values())
+        used = max(top_k, early or 0)
+        assert layer._skips(200, used) == (used < 4)
+        for name, weights in gates.items():
+            assert ((weights > 0).sum(1) == (top_k if name == "blocks.1" else used)).all()
         idle = next((n for n in range(8) if not any(weights[:, n].any() for weights in gates.values())), None)
-        layer._skips = lambda tokens: False  # all experts are computed, those not kept with weight zero: the reference
+        layer._skips = lambda *_: False  # all experts are computed, those not kept with weight zero: the reference
         assert_close(logits(model, inputs), output)
         if idle is not None and top_k == 1:
             del layer._skips

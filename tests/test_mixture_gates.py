@@ -9,7 +9,7 @@ from mixture_models import BEIT, BERT, CASES, CLASSES, PLAIN, WAV2VEC2, assert_c
 from torch import nn
 
 from ContextGatedMOE import ContextGatedMOE, MixtureError
-from ContextGatedMOE.fitting import gather
+from ContextGatedMOE.fitting import _seen, gather
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.statistics import Statistics, symmetric
 
@@ -57,7 +57,10 @@ def test_the_largest_weights_are_kept_and_the_gradient_is_that_of_all():
         assert_close(gradient, expected_gradient)  # once: the norm that the docstring promises, not twice
     inputs = BEIT.batch(2)
     assert torch.equal(logits(BEIT.joint(top_k=5), inputs), logits(BEIT.joint(), inputs))
-    assert all(((weights > 0).sum(1) == 1).all() for weights in recorded(BEIT.joint(top_k=1), inputs).values())
+    for early, counts in ((None, [1, 1]), (2, [2, 1]), (9, [3, 1])):  # before the last gate and after it
+        model = BEIT.joint(top_k=1)
+        model.early_top_k = early
+        assert [(weights > 0).sum(1).unique().tolist() for weights in recorded(model, inputs).values()] == [[n] for n in counts]
 
 
 def test_statistics_add_up():
@@ -73,6 +76,7 @@ def test_statistics_add_up():
 
 
 def test_gathering_statistics_ends_at_the_last_gate_and_gives_those_of_a_whole_pass():
+    """So does the first of the two passes over validation images."""
     model, later = replace(BEIT, make=lambda: BEIT.make(num_hidden_layers=5)).joint(), []
     for block in model.base_model.beit.layers[len(model.gates()) :]:
         block.register_forward_pre_hook(lambda *_: later.append("called"))
@@ -86,6 +90,9 @@ def test_gathering_statistics_ends_at_the_last_gate_and_gives_those_of_a_whole_p
     for layer, values in features.items():
         whole = Statistics.of(values, batch[1], 5).rounded()
         assert_equal(vars(found[layer]), vars(whole))
+    seen = [_seen(model, {"b": [batch]}, whole) for whole in (False, True)]
+    assert len(later) == 4 and seen[0][0].shape == (7, 3, 8) and (seen[0][1] is None) and seen[1][1].shape == (7, 8)
+    assert_equal(dict(enumerate(seen[0][::2])), dict(enumerate(seen[1][::2])))
 
 
 def test_images_fit_the_gates_whatever_their_batches_and_one_expert_after_the_other():

@@ -96,6 +96,8 @@ def test_requests_without_sense_are_refused(adapters):
         base = PLAIN.build()
         with refused(base, message):
             ContextGatedMOE(base, PLAIN.experts(names), **options)
+    with pytest.raises(MixtureError, match="early_top_k must be at least 1"):
+        BEIT.joint().early_top_k = 0
     with pytest.raises(MixtureError, match="part of a mixture already"):
         ContextGatedMOE.from_adapters(BEIT.joint().base_model, adapters)
 

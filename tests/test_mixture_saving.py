@@ -34,7 +34,7 @@ def tensors_of(model: ContextGatedMOE) -> dict[str, torch.Tensor]:
 
 def assert_same_mixture(actual: ContextGatedMOE, expected: ContextGatedMOE) -> None:
     """Bit for bit the same."""
-    for name in ("expert_names", "classes", "labels", "columns", "same", "gate_hidden", "top_k", "refuse_below"):
+    for name in ("expert_names", "classes", "labels", "columns", "same", "gate_hidden", "top_k", "early_top_k", "refuse_below"):
         assert getattr(actual, name) == getattr(expected, name)
     assert_equal(tensors_of(actual), tensors_of(expected))
 
@@ -46,6 +46,7 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
         (PLAIN, ContextGatedMOE(PLAIN.build(), [])),
     )):
         model.refuse_below, folder = (0, 0.25, None, None)[number], tmp_path / f"{number}"
+        model.early_top_k = (3, None, None, None)[number]
         model.save_pretrained(folder)
         loaded = ContextGatedMOE.from_pretrained(folder, case.build().train())
         assert_same_mixture(loaded, model)
@@ -160,7 +161,7 @@ def test_damaged_files_are_refused(tmp_path):
     for key, values in {
         "experts": [["z", "b", "c"], [1, 2, 3], []], "classes": [{"a": ["x"]}, {"a": 1, "b": 2, "c": 3}],
         "heads": [[], ["norm"]], "ranks": [{}, {"base": [1]}, {"base": "x"}], "same": [["x"], [[["a", "nothing"]]]],
-        "gate_hidden": [0, 9, "x", True], "top_k": [0, 1.5], "base_rounded": ["x"], "refuse_below": ["x"],
+        "gate_hidden": [0, 9, "x", True], "top_k": [0, 1.5], "early_top_k": [0, "x"], "base_rounded": ["x"], "refuse_below": ["x"],
         "statistics_sha256": ["x"],
     }.items():
         for value in values:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import pytest
 from hub import serve
+from matplotlib.figure import Figure
+from pipeline import write_nothing
 
 from common.cli.run import LIBRARIES
 
@@ -37,7 +39,7 @@ class WarmProcess:
     """Runs scripts with HF_ENDPOINT at `port` of this machine and HF_HOME in `folder`.
 
     The Hub's libraries read both when they are imported, and importing takes seconds, so it is done once and each
-    script runs in a fork. This machine's own proxy, token and cache are left out.
+    script runs in a fork. This machine's own proxy, token and cache are left out. All pictures are empty: drawing takes long.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -94,6 +96,7 @@ def _run_orders() -> None:
     """Fork for every line of stdin: run what it says and print the exit status."""
     importlib.import_module("common.comparison.compare")
     importlib.import_module("common.results.folder")
+    Figure.savefig = write_nothing
     for line in sys.stdin:
         *what, kill_at, number = json.loads(line)
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}

@@ -143,7 +143,7 @@ class BatchAveraged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in). Returns (..., d_out)."""
         layer = self.layer
-        y, (_, weights) = layer.base(x), per_image(x, layer.name)
+        y, (_, weights, _) = layer.base(x), per_image(x, layer.name)
         if weights is None:
             return y
         shares = weights.mean(0)[:, None] * layer.used  # (E, r), r the largest rank

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from common import models
 from common.cli.flags import MixtureConfig
 from common.cli.parser import parse
-from common.comparison.mixture import Batches
+from common.comparison.mixture import EARLY_AT_ONCE, Batches
 from common.data.tensors import ImageSet
 from common.training.evaluate import EVALUATION_BATCH
 from ContextGatedMOE import ContextGatedMOE
@@ -61,7 +61,7 @@ def evaluated(known: list[Member], settings: Settings, seed: int, unknown: Membe
         columns = np.array(model.columns[member.name])
         labels = member.test.labels.cpu().numpy()
         order = np.argsort(-logits, axis=1)
-        model.top_k = 1
+        model.top_k, model.early_top_k = 1, EARLY_AT_ONCE
         top_1 = said(model, member.test, settings)[0].argmax(1)
         model.top_k = None
         scores.append({
