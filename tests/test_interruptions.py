@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -99,7 +100,9 @@ def test_a_script_that_is_asked_to_stop_saves_and_says_how_to_go_on(monkeypatch,
     assert differences(place, workspace, "Finetune") == []
 
 
-def test_a_signal_outside_of_training_has_its_usual_effect():
+def test_a_signal_outside_of_training_has_its_usual_effect(request):
+    # A shell that starts the tests in the background has them ignore it.
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)))
     for asked in (stopping(True), nullcontext(lambda: None)):
         with pytest.raises(KeyboardInterrupt), asked as stop_if_asked:
             signal.raise_signal(signal.SIGINT)
