@@ -18,6 +18,8 @@ from ContextGatedMOE.statistics import Statistics
 ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
 TOWARDS_START = 0.03  # a pull to where the numbers begin, for few validation images
 HEAD_START = (1.0, 1.0, 0.5)
+ADDED_AT_ONCE = 1024  # images, as adding up sums takes as long as making them of many images
+CALIBRATED, CALIBRATED_OF_ONE = 600, 32  # validation images that the handful of numbers is fitted to, and at least of an expert
 
 Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
 
@@ -50,23 +52,19 @@ def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any],
 def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[str, Statistics]:
     """Statistics of an expert's images at every gate, {layer name: statistics}, from one pass through the plain base model.
 
-    The pass ends at the last gate: what comes after it says nothing more.
-
     Raises MixtureError if there are no images of some class, or labels that are none of the classes.
     """
     found: dict[str, Statistics] = {}
-    count = len(model.gates())
+    waiting: list[tuple[Tensor, dict[str, Tensor]]] = []  # labels and features of batches that are not added up yet
     for inputs, labels in batches(images, model):
         if classes == 1:
             labels = torch.zeros_like(labels)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(labels.max())}")
-        features: dict[str, Tensor] = {}
-        with suppress(Enough), model.router.using(plain=True, features=features, until=count):
-            model.base_model(**inputs)
-        for layer, values in features.items():
-            new = Statistics.of(values, labels, classes)
-            found[layer] = found[layer] + new if layer in found else new
+        waiting.append((labels, _features(model, inputs)))
+        if sum(len(labels) for labels, _ in waiting) >= ADDED_AT_ONCE:
+            _add(found, waiting, classes)
+    _add(found, waiting, classes)
     empty = [] if found else list(range(classes))
     for statistics in found.values():
         empty = torch.nonzero(statistics.counts == 0).flatten().tolist()
@@ -77,39 +75,68 @@ def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[s
     return {layer: statistics.rounded() for layer, statistics in found.items()}
 
 
+def _features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What every gate sees of images in the plain base model: (B, K) by layer. The pass ends at the last gate."""
+    features: dict[str, Tensor] = {}
+    with suppress(Enough), model.router.using(plain=True, features=features, until=len(model.gates())):
+        model.base_model(**inputs)
+    return features
+
+
+def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Tensor]]], classes: int) -> None:
+    """Add to the statistics what waits, after which nothing does."""
+    for layer in waiting[0][1] if waiting else ():
+        labels = torch.cat([labels for labels, _ in waiting])
+        new = Statistics.of(torch.cat([features[layer] for _, features in waiting]), labels, classes)
+        found[layer] = found[layer] + new if layer in found else new
+    waiting.clear()
+
+
 def calibrate(model: nn.Module, images: Mapping[str, Batches]) -> float:
     """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
 
-    A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of
-    their images. The images are seen twice: first up to the last gate, for the gates' coefficients alone, then to the end,
-    through the weights that these have given. Returns the loss.
+    A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of their images.
+    These are seen twice: all in the plain base model up to the last gate, for the gates' coefficients alone, then enough of them
+    in the whole mixture, by the weights that follow, for all numbers. Returns the loss.
     """
-    _fit(model, *_seen(model, images, whole=False))
-    return _fit(model, *_seen(model, images, whole=True))
+    seen = _seen(model, images)
+    _fit(model, *seen)
+    owner, most = model.joint_head.classes.owner[seen[2]], max(CALIBRATED / len(images), CALIBRATED_OF_ONE)
+    shares = {name: most / max((owner == model.expert_names.index(name)).sum().item(), 1) for name in images}
+    return _fit(model, *_seen(model, images, shares))
 
 
 @torch.no_grad()
-def _seen(model: nn.Module, images: Mapping[str, Batches], whole: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Scores of the gates (N, gates, C), the experts' own logits (N, C) or, of passes that end at the last gate, None, joint
-    labels (N,), and weights (N,)."""
+def _seen(model: nn.Module, images: Mapping[str, Batches],
+          shares: Mapping[str, float] | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Scores of the gates (N, gates, C), the experts' own logits (N, C), joint labels (N,), and weights (N,) of images.
+
+    shares: what part of every expert's images the mixture sees, chosen at random. Without it the plain base model sees all, up to
+    the last gate, and there are no logits.
+    """
     all_scores, all_logits, all_labels, all_weights = [], [], [], []
-    head, until = model.joint_head, None if whole else len(model.gates())
+    gates, head, generator = model.gates(), model.joint_head, torch.Generator().manual_seed(0)
     for name, own_images in images.items():
         first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
         for inputs, labels in batches(own_images, model):
-            scores: dict[str, Tensor] = {}
-            with suppress(Enough), model.router.using(scores=scores, until=until):
-                model.base_model(**inputs)
-            logits = scores.pop(head.name, None)
-            if whole:
-                all_logits.append(logits)
+            if shares is None:
+                scores = {layer: gates[layer](features) for layer, features in _features(model, inputs).items()}
+            else:
+                taken, scores = torch.rand(len(labels), generator=generator) < shares[name], {}
+                if not taken.any():
+                    continue
+                labels = labels[taken]
+                inputs = {key: value[taken.to(value.device)] if isinstance(value, Tensor) and len(value) == len(taken) else value
+                          for key, value in inputs.items()}
+                with model.router.using(scores=scores):
+                    model.base_model(**inputs)
+                all_logits.append(scores.pop(head.name))
             all_scores.append(torch.stack(list(scores.values()), dim=1))
             all_labels.append(labels + start)
         count = sum(len(labels) for labels in all_labels[first:])
         all_weights += [torch.full((len(labels),), 1 / (count * len(images))) for labels in all_labels[first:]]
-    labels, weights = torch.cat(all_labels), torch.cat(all_weights)
-    device = all_scores[0].device
-    return torch.cat(all_scores), torch.cat(all_logits) if whole else None, labels.to(device), weights.to(device)
+    device, labels, weights = all_scores[0].device, torch.cat(all_labels), torch.cat(all_weights)
+    return torch.cat(all_scores), torch.cat(all_logits) if all_logits else None, labels.to(device), weights.to(device)
 
 
 @torch.enable_grad()

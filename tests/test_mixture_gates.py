@@ -90,9 +90,18 @@ def test_gathering_statistics_ends_at_the_last_gate_and_gives_those_of_a_whole_p
     for layer, values in features.items():
         whole = Statistics.of(values, batch[1], 5).rounded()
         assert_equal(vars(found[layer]), vars(whole))
-    seen = [_seen(model, {"b": [batch]}, whole) for whole in (False, True)]
-    assert len(later) == 4 and seen[0][0].shape == (7, 3, 8) and (seen[0][1] is None) and seen[1][1].shape == (7, 8)
-    assert_equal(dict(enumerate(seen[0][::2])), dict(enumerate(seen[1][::2])))
+    scores, nothing, labels, _ = _seen(model, {"b": [batch]})
+    assert len(later) == 2 and nothing is None and torch.equal(labels, batch[1] + 2)
+    assert_close(scores, torch.stack([model.gates()[layer](values) for layer, values in features.items()], dim=1))
+
+
+def test_the_numbers_are_fitted_to_some_images_of_every_expert_all_experts_alike():
+    model, images = BEIT.joint(fit=True), BEIT.images()
+    scores, logits, labels, weights = _seen(model, images, {"a": 1, "b": 0.5, "c": 0.3})
+    owner = model.joint_head.classes.owner[labels]
+    counts = torch.bincount(owner)
+    assert counts[0] == 24 and 24 > counts[1] > counts[2] > 0 and len(scores) == len(logits) == counts.sum()
+    assert_close(torch.zeros(3).index_add_(0, owner, weights), torch.full((3,), 1 / 3))
 
 
 def test_images_fit_the_gates_whatever_their_batches_and_one_expert_after_the_other():

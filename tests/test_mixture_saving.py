@@ -161,8 +161,8 @@ def test_damaged_files_are_refused(tmp_path):
     for key, values in {
         "experts": [["z", "b", "c"], [1, 2, 3], []], "classes": [{"a": ["x"]}, {"a": 1, "b": 2, "c": 3}],
         "heads": [[], ["norm"]], "ranks": [{}, {"base": [1]}, {"base": "x"}], "same": [["x"], [[["a", "nothing"]]]],
-        "gate_hidden": [0, 9, "x", True], "top_k": [0, 1.5], "early_top_k": [0, "x"], "base_rounded": ["x"], "refuse_below": ["x"],
-        "statistics_sha256": ["x"],
+        "gate_hidden": [0, 9, "x", True], "top_k": [0, 1.5], "early_top_k": [0, "x"], "base_rounded": ["x"],
+        "refuse_below": ["x"], "statistics_sha256": ["x"],
     }.items():
         for value in values:
             assert_refused(partial(edit, folder, **{key: value}))

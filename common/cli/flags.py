@@ -109,8 +109,8 @@ class GateFlags:
 
     _argument_group_name: ClassVar[str] = "gates"
     gate_hidden: int = option(128, "units of each gate's first layer")
-    top_k: int = option(0, "experts that an image uses (before the last gate, at least 3); 0 is all of up to 16 experts, and one "
-                           "where there are more")
+    top_k: int = option(0, "experts that an image uses (before the last gate, at least 3); 0 is all of up to 16 experts, and "
+                           "one where there are more")
     refuse: float = option(0.0, "answer 'none' to images less familiar than this share of the validation images")
     add_expert: list[str] = field(default_factory=list, metadata={
         "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME "

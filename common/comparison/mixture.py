@@ -30,7 +30,7 @@ from common.training.objective import JointObjective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 # All experts of 16 take 1.4 times as long as one expert, of 64 three times (measured at BEiT-base's size); one of any number
-# takes hardly longer than one expert, and is as accurate if the blocks before the last gate, where the gates know less, use a few.
+# takes hardly longer than one expert, and is as accurate if blocks before the last gate, where the gates know less, use three.
 MOST_AT_ONCE = 16
 EARLY_AT_ONCE = 3
 
