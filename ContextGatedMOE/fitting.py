@@ -95,9 +95,9 @@ def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Ten
 def calibrate(model: nn.Module, images: Mapping[str, Batches]) -> float:
     """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
 
-    A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of their images.
-    These are seen twice: all in the plain base model up to the last gate, for the gates' coefficients alone, then enough of them
-    in the whole mixture, by the weights that follow, for all numbers. Returns the loss.
+    A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of their
+    images. These are seen twice: all as far as the last gate, for the gates' coefficients alone, then enough of them to the
+    end, by the weights that follow, for all numbers. Returns the loss.
     """
     seen = _seen(model, images)
     _fit(model, *seen)
@@ -111,23 +111,26 @@ def _seen(model: nn.Module, images: Mapping[str, Batches],
           shares: Mapping[str, float] | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Scores of the gates (N, gates, C), the experts' own logits (N, C), joint labels (N,), and weights (N,) of images.
 
-    shares: what part of every expert's images the mixture sees, chosen at random. Without it the plain base model sees all, up to
-    the last gate, and there are no logits.
+    shares: what part of every expert's images is seen, chosen at random. Without it all are, but only up to the last gate, and
+    there are no logits.
     """
     all_scores, all_logits, all_labels, all_weights = [], [], [], []
-    gates, head, generator = model.gates(), model.joint_head, torch.Generator().manual_seed(0)
+    head, generator = model.joint_head, torch.Generator().manual_seed(0)
     for name, own_images in images.items():
         first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
         for inputs, labels in batches(own_images, model):
+            scores: dict[str, Tensor] = {}
             if shares is None:
-                scores = {layer: gates[layer](features) for layer, features in _features(model, inputs).items()}
+                with suppress(Enough), model.router.using(scores=scores, until=len(model.gates())):
+                    model.base_model(**inputs)
+                scores.pop(head.name, None)
             else:
-                taken, scores = torch.rand(len(labels), generator=generator) < shares[name], {}
+                taken = torch.rand(len(labels), generator=generator) < shares[name]
                 if not taken.any():
                     continue
                 labels = labels[taken]
-                inputs = {key: value[taken.to(value.device)] if isinstance(value, Tensor) and len(value) == len(taken) else value
-                          for key, value in inputs.items()}
+                inputs = {key: value[taken.to(value.device)] if isinstance(value, Tensor) and len(value) == len(taken)
+                          else value for key, value in inputs.items()}
                 with model.router.using(scores=scores):
                     model.base_model(**inputs)
                 all_logits.append(scores.pop(head.name))

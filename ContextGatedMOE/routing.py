@@ -26,7 +26,7 @@ class Settings:
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
     body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. until: a pass ends, by raising
-    `Enough`, when it has recorded the features of so many gates, or None.
+    `Enough`, when it has recorded the features or the scores of so many gates, or None.
     record: filled with {layer name: (B, E)} unless None. features: filled with {layer name: (B, K)}, what the gates see, unless
     None. scores: filled with {layer name: (B, C)}, what the gates say of the classes, and the head's parts, unless None.
     """
@@ -215,6 +215,8 @@ class Router:
         else:
             if settings.scores is not None:
                 settings.scores[unit.name] = scores
+                if len(settings.scores) == settings.until:
+                    raise Enough
             total = gate.coefficient * scores
             total = total if before is None else before.classes.to(total.device) + total
             top_k = self.top_k if unit.last or self.top_k is None else max(self.top_k, self.early_top_k or 1)
