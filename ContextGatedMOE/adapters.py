@@ -12,6 +12,13 @@ class MixtureError(ValueError):
     """An adapter, a folder or a request that cannot become an exact mixture; the message is one sentence."""
 
 
+def at_least_one(name: str, value: int | None) -> int | None:
+    """The value of an argument of that name, which may be None. Raises MixtureError if it is below 1."""
+    if value is not None and value < 1:
+        raise MixtureError(f"{name} must be at least 1, not {value}")
+    return value
+
+
 @dataclass
 class Expert:
     """One LoRA adapter as tensors, by the names of the base model's modules.

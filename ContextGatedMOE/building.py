@@ -14,7 +14,8 @@ from ContextGatedMOE.adapters import Expert, MixtureError, head_of, stack_update
 from ContextGatedMOE.gate import Gate
 from ContextGatedMOE.heads import HEAD_NUMBERS, JointHead, SharedHead
 from ContextGatedMOE.layers import MixtureLinear
-from ContextGatedMOE.routing import GATE, Restoring, Router, Unit
+from ContextGatedMOE.passes import Unit
+from ContextGatedMOE.routing import GATE, Restoring, Router
 from ContextGatedMOE.units import find_units, model_width
 
 MixtureLayer = MixtureLinear | JointHead | SharedHead

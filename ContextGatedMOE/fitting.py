@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ContextGatedMOE.adapters import MixtureError
 from ContextGatedMOE.gate import START
 from ContextGatedMOE.heads import HEAD_NUMBERS
-from ContextGatedMOE.routing import Enough
+from ContextGatedMOE.passes import Enough
 from ContextGatedMOE.statistics import Statistics
 
 ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
@@ -85,8 +85,10 @@ def _features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Tensor]]], classes: int) -> None:
     """Add to the statistics what waits, after which nothing does."""
-    for layer in waiting[0][1] if waiting else ():
-        labels = torch.cat([labels for labels, _ in waiting])
+    if not waiting:
+        return
+    labels = torch.cat([labels for labels, _ in waiting])
+    for layer in waiting[0][1]:
         new = Statistics.of(torch.cat([features[layer] for _, features in waiting]), labels, classes)
         found[layer] = found[layer] + new if layer in found else new
     waiting.clear()
@@ -116,24 +118,23 @@ def _seen(model: nn.Module, images: Mapping[str, Batches],
     """
     all_scores, all_logits, all_labels, all_weights = [], [], [], []
     head, generator = model.joint_head, torch.Generator().manual_seed(0)
+    until = len(model.gates()) if shares is None else None
     for name, own_images in images.items():
         first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
         for inputs, labels in batches(own_images, model):
-            scores: dict[str, Tensor] = {}
-            if shares is None:
-                with suppress(Enough), model.router.using(scores=scores, until=len(model.gates())):
-                    model.base_model(**inputs)
-                scores.pop(head.name, None)
-            else:
+            if shares is not None:
                 taken = torch.rand(len(labels), generator=generator) < shares[name]
                 if not taken.any():
                     continue
                 labels = labels[taken]
                 inputs = {key: value[taken.to(value.device)] if isinstance(value, Tensor) and len(value) == len(taken)
                           else value for key, value in inputs.items()}
-                with model.router.using(scores=scores):
-                    model.base_model(**inputs)
-                all_logits.append(scores.pop(head.name))
+            scores: dict[str, Tensor] = {}
+            with suppress(Enough), model.router.using(scores=scores, until=until):
+                model.base_model(**inputs)
+            logits = scores.pop(head.name, None)
+            if shares is not None:
+                all_logits.append(logits)
             all_scores.append(torch.stack(list(scores.values()), dim=1))
             all_labels.append(labels + start)
         count = sum(len(labels) for labels in all_labels[first:])

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.gate import ClassMap, moved
-from ContextGatedMOE.routing import Evidence, Router, as_tokens, current_pass
+from ContextGatedMOE.passes import Evidence
+from ContextGatedMOE.routing import Router, as_tokens, current_pass
 
 HEAD_NUMBERS = ("router_scale", "expert_scale", "class_share")
 TINY = torch.finfo(torch.float32).tiny  # in place of 0 in logarithms: a weight of 0 still gives a finite loss

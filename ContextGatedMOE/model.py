@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ContextGatedMOE import building, experts, fitting
-from ContextGatedMOE.adapters import Expert, MixtureError, check_together
+from ContextGatedMOE.adapters import Expert, MixtureError, at_least_one, check_together
 from ContextGatedMOE.exporting import Exporting
 from ContextGatedMOE.forward import Forward, Prediction
 from ContextGatedMOE.gate import Gate
@@ -53,13 +53,11 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         adapters: experts that `read_expert` has read. The rest is as for `from_adapters`.
         """
         super().__init__()
-        if gate_hidden < 1:
-            raise MixtureError(f"gate_hidden must be at least 1, not {gate_hidden}")
+        self.gate_hidden = at_least_one("gate_hidden", gate_hidden)
         if building.is_built(base_model):
             raise MixtureError(
                 "this base model is part of a mixture already; call unload() of that mixture, or load the base anew"
             )
-        self.gate_hidden = gate_hidden
         self.router = Router(bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)))
         self.top_k = top_k
         self.same = [[(expert, name) for expert, name in group] for group in same]
@@ -152,9 +150,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
     @top_k.setter
     def top_k(self, value: int | None) -> None:
-        if value is not None and value < 1:
-            raise MixtureError(f"top_k must be at least 1, not {value}")
-        self.router.top_k = value
+        self.router.top_k = at_least_one("top_k", value)
 
     @property
     def early_top_k(self) -> int | None:
@@ -164,9 +160,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
     @early_top_k.setter
     def early_top_k(self, value: int | None) -> None:
-        if value is not None and value < 1:
-            raise MixtureError(f"early_top_k must be at least 1, not {value}")
-        self.router.early_top_k = value
+        self.router.early_top_k = at_least_one("early_top_k", value)
 
     @property
     def joint_head(self) -> JointHead | None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.routing import Unit
+from ContextGatedMOE.passes import Unit
 
 GATED_BLOCKS = 3  # the first blocks of a model have a gate before them: nearly all that can be known is known early
 

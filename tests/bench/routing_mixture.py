@@ -54,17 +54,18 @@ def evaluated(known: list[Member], settings: Settings, seed: int, unknown: Membe
     model.fit_gates({member.name: Batches(member.train, EVALUATION_BATCH) for member in known}, validation)
     seconds = time.perf_counter() - started
     owner = np.array([name for name, _ in model.labels])
-    scores, familiar, largest = [], [], []
+    scores, familiar, largest, right = [], [], [], []
     for member in known:
         logits, familiarity = said(model, member.test, settings)
         familiar.append(familiarity)
         largest.append(logits.max(1))
         columns = np.array(model.columns[member.name])
         labels = member.test.labels.cpu().numpy()
+        right.append(columns[labels])
         order = np.argsort(-logits, axis=1)
         scores.append({
-            "joint_1": np.mean(order[:, 0] == columns[labels]),
-            "joint_3": np.mean((order[:, :3] == columns[labels][:, None]).any(1)),
+            "joint_1": np.mean(order[:, 0] == right[-1]),
+            "joint_3": np.mean((order[:, :3] == right[-1][:, None]).any(1)),
             "told": np.mean(logits[:, columns].argmax(1) == labels), "right_task": np.mean(owner[order[:, 0]] == member.name),
             "own": member.accuracy,
         })
@@ -81,8 +82,8 @@ def evaluated(known: list[Member], settings: Settings, seed: int, unknown: Membe
     else:
         model.top_k, model.early_top_k = 1, EARLY_AT_ONCE
         model.fit_gates({}, validation)
-        row["top_1"] = np.mean([np.mean(said(model, member.test, settings)[0].argmax(1) == np.array(
-            model.columns[member.name])[member.test.labels.cpu().numpy()]) for member in known])
+        row["top_1"] = np.mean([np.mean(said(model, member.test, settings)[0].argmax(1) == own)
+                                for member, own in zip(known, right, strict=True)])
     return row | {"seconds": seconds}
 
 
