@@ -1,12 +1,14 @@
 """What was done for speed, each thing on and off: kept because it pays, or left out because it does not."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from common.cli.flags import BenchmarkConfig
 from common.cli.parser import parse
+from common.cli.run import keep_freed_memory
 from common.data.tensors import ImageSet
 from common.training import evaluate as evaluation
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
@@ -14,7 +16,7 @@ from tests.bench.setups import beit, demo_backbone, forward, images, lora, peft_
 
 
 def parts(settings: Settings) -> Benchmark:
-    """Single speed-ups on and off: attention, LoRA layers, AdamW, the position bias; demo backbone, batch 32."""
+    """Single speed-ups on and off: attention, LoRA layers, AdamW, position bias, malloc; demo backbone, batch 32."""
     return _on_and_off(demo_backbone(settings), demo_backbone(settings, "sdpa"), 32, settings)
 
 
@@ -37,6 +39,8 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
         step("LoRA step, ours", ours), step("LoRA step, the fused attention everywhere", lora(sdpa)),
         step("LoRA step, peft's layers", peft_lora(base)), step("LoRA step, foreach AdamW", lora(base), foreach=True),
         step("LoRA step, position bias computed once", lora(without_bias_computation(twin(base)))),
+        Case("LoRA step, memory given back", giving_back(training_step(ours, batch, settings, precision)), count, flops,
+             precision),
         step("all weights, ours", everything["ours"], 1.5),
         step("all weights, foreach AdamW", everything["foreach"], 1.5, foreach=True),
         step("all weights, the fused attention everywhere", everything["sdpa"], 1.5),
@@ -44,9 +48,23 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
         Case("inference, LoRA merged", forward(merged(lora(base)), batch[0], settings, FP32), count, flops / 2, FP32),
     ]
     ratios = [Ratio(f"{other.name} / ours", other.name, own.name)
-              for own, others in ((cases[0], cases[1:5]), (cases[5], cases[6:8])) for other in others]
+              for own, others in ((cases[0], cases[1:6]), (cases[6], cases[7:9])) for other in others]
     ratios.append(Ratio("inference: LoRA / LoRA merged", "inference, LoRA", "inference, LoRA merged"))
     return cases, ratios
+
+
+GLIBC_KEEPS = 32 * 2**20  # bytes, the largest piece that glibc comes to keep if it is not told to
+
+
+def giving_back(run: Callable[[], None]) -> Callable[[], None]:
+    """The same work while malloc gives large pieces back to the kernel."""
+
+    def run_so() -> None:
+        keep_freed_memory(GLIBC_KEEPS)
+        run()
+        keep_freed_memory()
+
+    return run_so
 
 
 def without_bias_computation(model: nn.Module) -> nn.Module:
