@@ -1,6 +1,7 @@
 """Fitting the gates to images: in closed form from sums over them, then a handful of numbers from validation images."""
 
 import inspect
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -97,48 +98,70 @@ def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Ten
 def calibrate(model: nn.Module, images: Mapping[str, Batches]) -> float:
     """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
 
-    A handful of numbers: one coefficient a gate, and the head's three. Experts weigh alike, whatever the number of their
-    images. These are seen twice: all as far as the last gate, for the gates' coefficients alone, then enough of them to the
-    end, by the weights that follow, for all numbers. Returns the loss.
+    A handful of numbers: one coefficient a gate, and the head's three. Enough images are drawn at random, and experts weigh
+    alike, whatever the number of their images. The images are seen twice: as far as the last gate, for the gates' coefficients
+    alone, then to the end, by the weights that follow, for all numbers. Returns the loss. Raises MixtureError if an expert has
+    no images.
     """
-    seen = _seen(model, images)
-    _fit(model, *seen)
-    owner, most = model.joint_head.classes.owner[seen[2]], max(CALIBRATED / len(images), CALIBRATED_OF_ONE)
-    shares = {name: most / max((owner == model.expert_names.index(name)).sum().item(), 1) for name in images}
-    return _fit(model, *_seen(model, images, shares))
+    most = max(CALIBRATED // len(images), CALIBRATED_OF_ONE)
+    drawn = {name: _drawn(batches(own, model), most) for name, own in images.items()}
+    for name, own in drawn.items():
+        if not own:
+            raise MixtureError(f"there are no validation images of expert '{name}'")
+    _fit(model, *_seen(model, drawn, until=len(model.gates())))
+    return _fit(model, *_seen(model, drawn))
+
+
+Drawn = list[tuple[dict[str, Any], Tensor]]  # batches: the model's arguments and labels
+
+
+def _drawn(images: Iterable[tuple[dict[str, Any], Tensor]], most: int) -> Drawn:
+    """At most so many of an expert's images, each as likely as any other, in batches of the size that they came in.
+
+    They are read once, and how many there are is not known before (Vitter 1985, reservoir sampling).
+    """
+    chance, count, size, kept = random.Random(0), 0, 1, []
+    for inputs, labels in images:
+        size = max(size, len(labels))
+        by_image = {name: value for name, value in inputs.items()
+                    if isinstance(value, Tensor) and value.ndim and len(value) == len(labels)}
+        rest = {name: value for name, value in inputs.items() if name not in by_image}
+        for row in range(len(labels)):
+            place = count if count < most else chance.randrange(count + 1)
+            count += 1
+            if place < most:  # copied, or the whole batch would stay in memory
+                kept[place : place + 1] = [({name: value[row].clone() for name, value in by_image.items()}, rest, labels[row])]
+    return [_batch(kept[start : start + size]) for start in range(0, len(kept), size)]
+
+
+def _batch(images: list[tuple[dict[str, Tensor], dict[str, Any], Tensor]]) -> tuple[dict[str, Any], Tensor]:
+    """The batch of images of which the model's arguments, those that are alike for a whole batch, and labels are given."""
+    inputs = {name: torch.stack([own[name] for own, *_ in images]) for name in images[0][0]}
+    return images[0][1] | inputs, torch.stack([label for *_, label in images])
 
 
 @torch.no_grad()
-def _seen(model: nn.Module, images: Mapping[str, Batches],
-          shares: Mapping[str, float] | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def _seen(model: nn.Module, images: Mapping[str, Drawn],
+          until: int | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Scores of the gates (N, gates, C), the experts' own logits (N, C), joint labels (N,), and weights (N,) of images.
 
-    shares: what part of every expert's images is seen, chosen at random. Without it all are, but only up to the last gate, and
-    there are no logits.
+    until: the number of gates after which a pass ends; there are no logits then.
     """
     all_scores, all_logits, all_labels, all_weights = [], [], [], []
-    head, generator = model.joint_head, torch.Generator().manual_seed(0)
-    until = len(model.gates()) if shares is None else None
+    head = model.joint_head
     for name, own_images in images.items():
-        first, start = len(all_labels), sum(head.classes.sizes[: model.expert_names.index(name)])
-        for inputs, labels in batches(own_images, model):
-            if shares is not None:
-                taken = torch.rand(len(labels), generator=generator) < shares[name]
-                if not taken.any():
-                    continue
-                labels = labels[taken]
-                inputs = {key: value[taken.to(value.device)] if isinstance(value, Tensor) and len(value) == len(taken)
-                          else value for key, value in inputs.items()}
+        start = sum(head.classes.sizes[: model.expert_names.index(name)])
+        weight = 1 / (sum(len(labels) for _, labels in own_images) * len(images))
+        for inputs, labels in own_images:
             scores: dict[str, Tensor] = {}
             with suppress(Enough), model.router.using(scores=scores, until=until):
                 model.base_model(**inputs)
             logits = scores.pop(head.name, None)
-            if shares is not None:
+            if until is None:
                 all_logits.append(logits)
             all_scores.append(torch.stack(list(scores.values()), dim=1))
             all_labels.append(labels + start)
-        count = sum(len(labels) for labels in all_labels[first:])
-        all_weights += [torch.full((len(labels),), 1 / (count * len(images))) for labels in all_labels[first:]]
+            all_weights.append(torch.full((len(labels),), weight))
     device, labels, weights = all_scores[0].device, torch.cat(all_labels), torch.cat(all_weights)
     return torch.cat(all_scores), torch.cat(all_logits) if all_logits else None, labels.to(device), weights.to(device)
 

@@ -8,8 +8,8 @@ import torch
 from mixture_models import BEIT, BERT, CASES, CLASSES, PLAIN, WAV2VEC2, assert_close, assert_equal, logits, recorded, rows
 from torch import nn
 
-from ContextGatedMOE import ContextGatedMOE, MixtureError
-from ContextGatedMOE.fitting import _seen, gather
+from ContextGatedMOE import ContextGatedMOE, MixtureError, fitting
+from ContextGatedMOE.fitting import _drawn, _seen, gather
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.statistics import Statistics, symmetric
 
@@ -90,18 +90,39 @@ def test_gathering_statistics_ends_at_the_last_gate_and_gives_those_of_a_whole_p
     for layer, values in features.items():
         whole = Statistics.of(values, batch[1], 5).rounded()
         assert_equal(vars(found[layer]), vars(whole))
-    scores, nothing, labels, _ = _seen(model, {"b": [batch]})
+    scores, nothing, labels, _ = _seen(model, {"b": [batch]}, until=3)
     assert len(later) == 2 and nothing is None and torch.equal(labels, batch[1] + 2)
-    assert torch.equal(scores, _seen(model, {"b": [batch]}, {"b": 1})[0]) and len(later) == 4
+    assert torch.equal(scores, _seen(model, {"b": [batch]})[0]) and len(later) == 4
 
 
-def test_the_numbers_are_fitted_to_some_images_of_every_expert_all_experts_alike():
-    model, images = BEIT.joint(fit=True), BEIT.images()
-    scores, logits, labels, weights = _seen(model, images, {"a": 1, "b": 0.5, "c": 0.3})
-    owner = model.joint_head.classes.owner[labels]
-    counts = torch.bincount(owner)
-    assert counts[0] == 24 and 24 > counts[1] > counts[2] > 0 and len(scores) == len(logits) == counts.sum()
-    assert_close(torch.zeros(3).index_add_(0, owner, weights), torch.full((3,), 1 / 3))
+def test_the_numbers_are_fitted_to_some_images_of_every_expert_all_experts_alike(monkeypatch):
+    model, images, found = BEIT.joint(), BEIT.images(), []
+    monkeypatch.setattr(fitting, "_fit", lambda model, *seen: found.append(seen))
+    monkeypatch.setattr(fitting, "CALIBRATED", 36)
+    monkeypatch.setattr(fitting, "CALIBRATED_OF_ONE", 5)
+    fitting.calibrate(model, {name: iter(own) for name, own in images.items()})  # they are read once
+    for _, _, labels, weights in found:
+        owner = model.joint_head.classes.owner[labels]
+        assert torch.bincount(owner).tolist() == [12, 12, 12]
+        assert_close(torch.zeros(3).index_add_(0, owner, weights), torch.full((3,), 1 / 3))
+    monkeypatch.setattr(fitting, "CALIBRATED", 1)
+    fitting.calibrate(model, images)
+    assert [len(scores) for scores, *_ in found] == [36, 36, 15, 15]
+    with pytest.raises(MixtureError, match="there are no validation images of expert 'b'"):
+        fitting.calibrate(model, images | {"b": []})
+
+
+def test_images_are_drawn_alike_wherever_they_are_and_keep_what_belongs_to_them():
+    """The second argument is of no image: it stays as it is."""
+    batches = [({"x": part[:, None] + 0.5, "of_all": torch.zeros(1, 2)}, part) for part in torch.arange(4000).split(70)]
+    drawn = _drawn(batches, 1000)
+    assert [len(labels) for _, labels in drawn] == [70] * 14 + [20]
+    for inputs, labels in drawn:
+        assert torch.equal(inputs["x"][:, 0], labels + 0.5) and inputs["of_all"].shape == (1, 2)
+    by_quarter = torch.bincount(torch.cat([labels for _, labels in drawn]).unique() // 1000)
+    assert by_quarter.sum() == 1000 and 200 < by_quarter.min() and by_quarter.max() < 300
+    for (inputs, labels), (own, expected) in zip(_drawn(batches, 4000), batches, strict=True):  # all, as they came
+        assert torch.equal(labels, expected) and torch.equal(inputs["x"], own["x"])
 
 
 def test_images_fit_the_gates_whatever_their_batches_and_one_expert_after_the_other():
