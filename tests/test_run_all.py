@@ -27,6 +27,7 @@ from common.cli.run import run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # even if whoever runs the tests ignores it
 run_all.import_libraries = lambda: None  # which takes seconds, and these scripts use none
 run_all.SCRIPTS = {sys.argv.pop(): RunFlags, sys.argv.pop(): RunFlags}
+run_all.SIDE_BY_SIDE, run_all.torch_threads = list(run_all.SCRIPTS), lambda: 2
 run(run_all.main, RunAllConfig)
 """
 # A script that takes its time, and some more to save when it is asked to stop.
@@ -40,7 +41,7 @@ def main(config):
         time.sleep(60)
     except KeyboardInterrupt:
         time.sleep(0.3)
-        print("saved")
+        sys.stdout.write("saved\\n")
         {then}
 run(main, RunFlags)
 """
@@ -59,17 +60,23 @@ def test_every_script_gets_the_flags_it_shares_with_run_all_and_keeps_its_other_
 
 
 def test_it_runs_the_six_scripts_in_order_up_to_a_failure_and_ends_with_the_summary(workspace, monkeypatch, capsys):
-    started = []
-    monkeypatch.setattr(run_all, "run_script", lambda path, flags: started.append(Path(path).name))
-    run_all.main(parse(RunAllConfig, ["--demo", "--root", str(workspace.root)]))
-    assert started == [f"{name}.py" for name in (
-        "Data_Preparation", "Generate_Base_Model", "Benchmark", "Finetune", "Lora_Finetune", "CGM_Lora")]
+    started, flags = [], ["--demo", "--root", str(workspace.root)]
+    first, last = [["Data_Preparation"], ["Generate_Base_Model"], ["Benchmark"]], [["CGM_Lora"]]
+    monkeypatch.setattr(run_all, "run_scripts", lambda commands: started.append([Path(path).stem for path in commands]) or
+                        [2 * ("Lora_Finetune" in path and len(started) > 12) for path in commands])
+    monkeypatch.setattr(run_all, "torch_threads", lambda: 2)
+    run_all.main(parse(RunAllConfig, [*flags, "--side_by_side", "no"]))
+    assert started == [*first, ["Finetune"], ["Lora_Finetune"], *last]
     summary = capsys.readouterr().out.partition("== Summary ==")[2]
     assert all(summary.count(f"{method} ") >= 2 for method in METHODS)
-    monkeypatch.setattr(run_all, "run_script", lambda path, flags: started.append(path) or 2 * (len(started) == 9))
-    with pytest.raises(UserError, match="Benchmark.py ended with status 2"):
-        run_all.main(parse(RunAllConfig, ["--demo", "--root", str(workspace.root)]))
-    assert len(started) == 9
+    run_all.main(parse(RunAllConfig, flags))
+    assert started[6:] == [*first, ["Finetune", "Lora_Finetune"], *last]
+    assert "Benchmark 0 s, Finetune and Lora_Finetune 0 s, CGM_Lora 0 s" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Lora_Finetune.py ended with status 2"):
+        run_all.main(parse(RunAllConfig, flags))
+    assert len(started) == 15
+    monkeypatch.setattr(run_all, "torch_threads", lambda: 1)
+    assert len(run_all.steps(parse(RunAllConfig, flags))) == len(SCRIPTS)  # on one core nothing is gained
 
 
 def test_a_script_runs_as_from_a_terminal(tmp_path, capfd):
@@ -77,22 +84,47 @@ def test_a_script_runs_as_from_a_terminal(tmp_path, capfd):
     script = tmp_path / "some script.py"
     script.write_text("import sys\nassert __name__ == '__main__' and sys.modules['__main__'].__file__ == sys.argv[0]\n"
                       "print(sys.argv)\nsys.exit(7)\n")
-    assert run_all.run_script(str(script), ["--a", "b c"]) == 7
+    assert run_all.run_scripts({str(script): ["--a", "b c"]}) == [7]
     assert capfd.readouterr().out == f"{[str(script), '--a', 'b c']}\n"
 
 
+def test_scripts_side_by_side_share_the_threads_and_draw_no_bars(tmp_path):
+    """Each waits for what the other writes first, and ends with a status of its own."""
+    scripts = [str(tmp_path / name) for name in ("some.py", "other.py")]
+    for status, (path, other) in enumerate(zip(scripts, scripts[::-1], strict=True)):
+        Path(path).write_text(
+            f"import sys, time, torch\nfrom pathlib import Path\nPath('{path}.here').touch()\n"
+            f"for _ in range(3000):\n    time.sleep(0.01)\n    if Path('{other}.here').exists(): break\n"
+            "else:\n    sys.exit('alone')\n"
+            f"sys.stderr.write(f'{{torch.get_num_threads()}} {{sys.stderr.isatty()}}\\n')\nsys.exit({status})")
+    code = ("import sys; from common import run_all; run_all.torch_threads = lambda: 6; assert sys.stderr.isatty()\n"
+            "print(run_all.run_scripts({path: [] for path in sys.argv[1:]}))")
+    terminal, screen = os.openpty()
+    output = subprocess.run([sys.executable, "-c", code, *scripts], stdout=subprocess.PIPE, stderr=screen, text=True,
+                            cwd=REPOSITORY, timeout=60).stdout
+    os.write(screen, b"end")
+    shown = os.read(terminal, 10_000).decode().split()
+    os.close(screen)
+    os.close(terminal)
+    assert (output, shown) == ("[0, 1]\n", ["3", "False", "3", "False", "end"])
+
+
 def test_ctrl_c_and_sigterm_let_a_script_save_and_start_no_other(tmp_path):
-    """Ctrl-C comes to both processes, SIGTERM to run_all alone. Whether the script was at its end or not, all ends there."""
-    command = [sys.executable, "-c", TWO_SCRIPTS, str(tmp_path / "second"), str(tmp_path / "first")]
-    (tmp_path / "second.py").write_text("print('second')")
+    """Ctrl-C comes to all processes, SIGTERM to run_all alone. Whether the script was at its end or not, all ends there; so it
+    is where two run side by side."""
+    names = [str(tmp_path / name) for name in ("second", "first")]
     for number, send, then in ((signal.SIGINT, os.killpg, "raise"), (signal.SIGTERM, os.kill, "sys.exit(3)")):
-        (tmp_path / "first.py").write_text(SLOW.format(then=then))
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
-                              start_new_session=True) as process:
-            while "at work" not in process.stdout.readline():
-                pass
-            send(process.pid, number)
-            output, errors = process.communicate()
-        told = ["first.py", "-c"] if then == "raise" else ["-c"]
-        assert (process.returncode, output) == (130, "saved\n"), (number, then, errors)
-        assert [line.partition(": interrupted; ")[0] for line in errors.splitlines()] == told
+        for flags, at_work in (["no"], 1), (["yes"], 2):
+            (tmp_path / "first.py").write_text(SLOW.format(then=then))
+            (tmp_path / "second.py").write_text(SLOW.format(then=then) if at_work > 1 else "print('second')")
+            command = [sys.executable, "-c", TWO_SCRIPTS, "--side_by_side", *flags, *names]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+                                  start_new_session=True) as process:
+                while at_work:
+                    at_work -= "at work" in process.stdout.readline()
+                send(process.pid, number)
+                output, errors = process.communicate()
+            scripts = ["first.py", "second.py"] if flags == ["yes"] else ["first.py"]
+            assert (process.returncode, output.split()) == (130, ["saved"] * len(scripts)), (number, then, errors)
+            told = [line.partition(": interrupted; ")[0] for line in errors.splitlines()]
+            assert sorted(told) == sorted([*scripts, "-c"] if then == "raise" else ["-c"])

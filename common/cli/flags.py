@@ -273,7 +273,13 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
 
 @dataclass
 class RunAllConfig(SourceFlags, RunFlags):
-    """Settings of `python -m common.run_all`: the flags it hands on."""
+    """Settings of `python -m common.run_all`: the flags it hands on, and how it runs the scripts."""
+
+    _argument_group_name: ClassVar[str] = "order"
+    demo_defaults: ClassVar[dict[str, Any]] = {"side_by_side": True}
+    side_by_side: bool = option(
+        False, "run Finetune.py and Lora_Finetune.py at the same time, each with half of the CPU's threads: faster for small "
+        "models, and takes the memory of both")
 
 
 @dataclass
