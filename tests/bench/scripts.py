@@ -20,7 +20,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def run_demo(settings: Settings) -> pd.DataFrame:
-    """run_all --demo, script by script: seconds in all and by phase; with `--quick` only the first script. One round."""
+    """The scripts of the demo one after the other: seconds in all and by phase; with `--quick` only the first. One round."""
     scripts = list(SCRIPTS.items())[:1 if settings.quick else None]
     with tempfile.TemporaryDirectory() as root:
         return pd.DataFrame([_run(script, config, Path(root), settings) for script, config in scripts])
