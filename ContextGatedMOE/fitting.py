@@ -20,7 +20,7 @@ ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside t
 TOWARDS_START = 0.03  # a pull to where the numbers begin, for few validation images
 HEAD_START = (1.0, 1.0, 0.5)
 ADDED_AT_ONCE = 1024  # images, as adding up sums takes as long as making them of many images
-CALIBRATED, CALIBRATED_OF_ONE = 600, 32  # validation images that the handful of numbers is fitted to, and at least of an expert
+CALIBRATED, CALIBRATED_OF_ONE = 600, 8  # validation images that the handful of numbers is fitted to, and at least of an expert
 
 Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
 
@@ -129,8 +129,9 @@ def _drawn(images: Iterable[tuple[dict[str, Any], Tensor]], most: int) -> Drawn:
         for row in range(len(labels)):
             place = count if count < most else chance.randrange(count + 1)
             count += 1
-            if place < most:  # copied, or the whole batch would stay in memory
-                kept[place : place + 1] = [({name: value[row].clone() for name, value in by_image.items()}, rest, labels[row])]
+            if place < most:  # copied, or the whole batch would stay in memory, and that of a GPU is needed for the passes
+                own = {name: value[row].clone().cpu() for name, value in by_image.items()}
+                kept[place : place + 1] = [(own, rest, labels[row])]
     return [_batch(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 
@@ -154,6 +155,7 @@ def _seen(model: nn.Module, images: Mapping[str, Drawn],
         weight = 1 / (sum(len(labels) for _, labels in own_images) * len(images))
         for inputs, labels in own_images:
             scores: dict[str, Tensor] = {}
+            inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
             with suppress(Enough), model.router.using(scores=scores, until=until):
                 model.base_model(**inputs)
             logits = scores.pop(head.name, None)

@@ -235,7 +235,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
         images: expert name -> batches, each (inputs, labels) or a mapping of the base model's arguments with "labels"; or one
         pair of tensors. Labels are positions in the expert's classes. Experts whose images were seen before may be left out.
-        validation: the same, of other images of all experts, each read once: by 600 of them, or 32 of an expert if that is
+        validation: the same, of other images of all experts, each read once: by 600 of them, or 8 of an expert if that is
         more, which are kept in memory for the time, the gates' and the head's few coefficients are chosen. Raises MixtureError
         and leaves the gates as they were.
         """
