@@ -153,9 +153,8 @@ def _seen(model: nn.Module, images: Mapping[str, Drawn],
     for name, own_images in images.items():
         start = sum(head.classes.sizes[: model.expert_names.index(name)])
         weight = 1 / (sum(len(labels) for _, labels in own_images) * len(images))
-        for inputs, labels in own_images:
+        for inputs, labels in batches(own_images, model):
             scores: dict[str, Tensor] = {}
-            inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
             with suppress(Enough), model.router.using(scores=scores, until=until):
                 model.base_model(**inputs)
             logits = scores.pop(head.name, None)

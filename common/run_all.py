@@ -30,12 +30,13 @@ def main(config: RunAllConfig) -> None:
         raise UserError("run_all is one process; run the scripts one by one under accelerate launch")
     import_libraries()
     folder = Path(__file__).resolve().parents[1]
-    spent = []
+    seconds = {}
     for scripts in steps(config):
-        print(f"\n== {' and '.join(scripts)} ==", flush=True)
+        step = " and ".join(scripts)
+        print(f"\n== {step} ==", flush=True)
         started = time.perf_counter()
         statuses = run_scripts({str(folder / f"{script}.py"): flags_for(config, SCRIPTS[script]) for script in scripts})
-        spent.append(time.perf_counter() - started)
+        seconds[step] = time.perf_counter() - started
         for script, status in zip(scripts, statuses, strict=True):
             if status:
                 again = "the same command without --overwrite" if config.overwrite else "the same command"
@@ -44,8 +45,8 @@ def main(config: RunAllConfig) -> None:
 
     print("\n== Summary ==")
     print_summary(config.root)
-    told = [f"{' and '.join(scripts)} {seconds:.0f} s" for scripts, seconds in zip(steps(config), spent, strict=True)]
-    print("\n" + ", ".join(told), f"in all {sum(spent):.0f} s")
+    spent = [f"{step} {time_taken:.0f} s" for step, time_taken in seconds.items()]
+    print("\n" + ", ".join(spent), f"in all {sum(seconds.values()):.0f} s")
 
 
 def import_libraries() -> None:
