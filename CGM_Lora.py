@@ -13,7 +13,7 @@ from common.cli.run import run
 def main(config: MixtureConfig) -> None:
     """Fit the gates, evaluate on the test images of each task, and write the one model."""
     from common import models  # here, so that --help is there at once
-    from common.comparison import mixture
+    from common import mixture
     from common.comparison.compare import compare, forget
     from common.data.tensors import load_task
     from common.results.folder import Results

@@ -1,4 +1,4 @@
-"""Step 2: a base model per task, the pretrained backbone with a head trained on its frozen features."""
+"""Step 2: a base model per task, the pretrained backbone with a head fitted to its frozen features."""
 
 import time
 
@@ -7,13 +7,14 @@ from common.cli.run import run
 
 
 def main(config: BaseModelConfig) -> None:
-    """Train the heads and write the base models, where LoRA and the mixture start."""
+    """Fit the heads and write the base models, where LoRA and the mixture start."""
     from common import models  # here, so that --help is there at once
     from common.data.tensors import load_task
     from common.results.folder import Results
     from common.results.metrics import predictions_table
     from common.tasks import read_tasks
     from common.training.evaluate import evaluate, features
+    from common.training.head import fit_head
     from common.training.loop import fit
 
     with Results(config, "Base_Models", "Generate_Base_Model") as results:
@@ -27,7 +28,10 @@ def main(config: BaseModelConfig) -> None:
             head, started = model.classifier, time.perf_counter()
             train, validation = (features(model, part, config) for part in (data.train, data.validation))
             through_backbone = time.perf_counter() - started
-            fitted = fit(head, train, validation, config, f"base {data.task.key}", checkpoint=checkpoint)
+            if config.learning_rate is None:
+                fitted = fit_head(head, train, validation, config)
+            else:
+                fitted = fit(head, train, validation, config, f"base {data.task.key}", checkpoint=checkpoint)
             fitted.seconds += through_backbone
             probabilities, _ = evaluate(head, features(model, data.test, config), config)
 

@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import Expert, MixtureError, head_of, stack_updates
 from ContextGatedMOE.gate import Gate
-from ContextGatedMOE.heads import HEAD_NUMBERS, JointHead, SharedHead
+from ContextGatedMOE.heads import HEAD_GATE, HEAD_NUMBERS, JointHead, SharedHead
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.passes import Unit
 from ContextGatedMOE.routing import GATE, Restoring, Router
-from ContextGatedMOE.units import find_units, model_width
+from ContextGatedMOE.units import find_units, model_width, with_gates
 
 MixtureLayer = MixtureLinear | JointHead | SharedHead
 
@@ -33,24 +33,38 @@ def gates(model: nn.Module) -> dict[str, Gate]:
 
 @dataclass
 class Parts:
-    """What a mixture puts into a base model: layers by name, units with the gates before them (None where there is none)."""
+    """What a mixture puts into a base model: layers by name, units with the gates before them (None where there is none), and
+    the gate that sees what reaches the head."""
 
     layers: dict[str, MixtureLayer]
     units: dict[Unit, Gate | None]
     router: Router
+    head_gate: Gate | None = None
+
+    @property
+    def joint_head(self) -> JointHead | None:
+        """The head over all experts' classes, if there is one."""
+        return next((layer for layer in self.layers.values() if isinstance(layer, JointHead)), None)
+
+    def gates(self) -> dict[str, Gate]:
+        """The gates by the name of the block or layer before which they stand."""
+        found = {unit.name: gate for unit, gate in self.units.items() if gate is not None}
+        return found if self.head_gate is None else found | {self.joint_head.name: self.head_gate}
 
 
-def make(
-    model: nn.Module, experts: list[Expert], sizes: list[int], columns: list[int] | None, hidden: int, router: Router
-) -> Parts:
+def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: list[int] | None, hidden: int, router: Router,
+         chosen: set[str] | None = None) -> Parts:
     """The parts for a plain model, which stays as it is.
 
     sizes: number of classes of each expert, as the gates know them. columns: for each class of each expert the output it
     adds to, for a head over all of them; None for heads that share a label space. hidden: units of the gates' first layer.
-    Raises MixtureError if the experts' heads do not make one answer.
+    chosen: where gates stand, None for all places where they may. Raises MixtureError if the experts' heads do not make one
+    answer.
     """
     replaced = {layer for expert in experts for layer in expert.heads}
     adapted = {layer for expert in experts for layer in expert.updates} - replaced
+    if columns is not None and not replaced and all(not expert.updates for expert in experts):
+        replaced = {classifier_of(model)}
     if columns is not None and len(replaced) != 1:
         raise MixtureError(
             f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
@@ -66,19 +80,54 @@ def make(
     for name, base in bases.items():
         layer = heads[name] if name in heads else MixtureLinear(base, *stacks[name], name)
         layers[name] = layer.train(base.training)
+    return with_new_gates(model, Parts(layers, {}, router), sizes, hidden, chosen)
+
+
+def with_new_gates(model: nn.Module, parts: Parts, sizes: list[int], hidden: int, chosen: set[str] | None) -> Parts:
+    """The same layers for a plain model with new gates, at the chosen places, or, if None, wherever they may stand."""
+    heads = [name for name, layer in parts.layers.items() if not isinstance(layer, MixtureLinear)]
+    found = with_gates(find_units(model, [name for name in parts.layers if name not in heads], heads), chosen)
     units: dict[Unit, Gate | None] = {}
-    for unit, gated in find_units(model, adapted, replaced):
+    for unit, gated in found:
         module = model.get_submodule(unit.name)
         device = next(module.parameters()).device
         units[unit] = Gate(model_width(module), hidden, sizes).to(device).train(module.training) if gated else None
-    return Parts(layers, units, router)
+    head, head_gate = parts.joint_head, None
+    alone = head is not None and len({unit.chain for unit in units}) == 1 and head.name not in {unit.name for unit in units}
+    if alone and (chosen is None or head.name in chosen):
+        head_gate = Gate(head.base.in_features, hidden, sizes, of_tokens=False)
+        head_gate = head_gate.to(head.base.weight.device).train(head.training)
+    return Parts(parts.layers, units, parts.router, head_gate)
+
+
+def with_fewer_gates(parts: Parts, chosen: set[str]) -> Parts:
+    """The same parts without the gates that are not chosen."""
+    units = {replace(unit, last=True): gate if unit.name in chosen else None for unit, gate in parts.units.items()}
+    found = with_gates([(unit, gate is not None) for unit, gate in units.items()], None)
+    head_gate = parts.head_gate if parts.head_gate is not None and parts.joint_head.name in chosen else None
+    return Parts(parts.layers, {unit: gate for (unit, _), gate in zip(found, units.values(), strict=True)}, parts.router, head_gate)
+
+
+def classifier_of(model: nn.Module) -> str:
+    """The name of the layer that answers: the last linear layer outside of any list of blocks. Raises MixtureError if there is
+    none."""
+    modules = dict(model.named_modules())
+    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    found = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not name.startswith(tuple(lists))]
+    if not found:
+        raise MixtureError("the base model has no linear layer that could be its head; give at least one expert an adapter")
+    return found[-1]
 
 
 def _head(
     experts: list[Expert], name: str, base: nn.Linear, sizes: list[int], columns: list[int] | None, router: Router
 ) -> MixtureLayer:
-    """The head that stands for all experts' own."""
+    """The head that stands for all experts' own; those of experts without an adapter are 0."""
+    headless = [number for number, expert in enumerate(experts) if not expert.heads and not expert.updates]
     heads = [head_of(expert, name, base) for expert in experts]
+    if columns is not None:
+        for number in headless:
+            heads[number] = base.weight.new_zeros(sizes[number], base.in_features), base.weight.new_zeros(sizes[number])
     weights = [weight.to(base.weight) for weight, _ in heads]
     biases = [(weight.new_zeros(len(weight)) if bias is None else bias).to(base.weight) for weight, bias in heads]
     if columns is None:
@@ -87,10 +136,10 @@ def _head(
     for expert, weight, size in zip(experts, weights, sizes, strict=True):
         if len(weight) != size:
             raise MixtureError(f"expert '{expert.name}' has a head of {len(weight)} outputs at '{name}' for {size} classes")
-    return JointHead(base, torch.cat(weights), torch.cat(biases), sizes, columns, name, router).to(base.weight.device)
+    return JointHead(base, torch.cat(weights), torch.cat(biases), sizes, columns, name, router, headless).to(base.weight.device)
 
 
-def put_in(model: nn.Module, parts: Parts) -> None:
+def install(model: nn.Module, parts: Parts) -> None:
     """Put a mixture's parts into a plain model: layers in place of the plain ones, gates before blocks, and the hooks."""
     for unit, gate in parts.units.items():  # before a layer that is a unit itself is wrapped: the hooks go on what is called
         module = parts.layers.get(unit.name) or model.get_submodule(unit.name)
@@ -100,6 +149,8 @@ def put_in(model: nn.Module, parts: Parts) -> None:
         module.register_forward_hook(parts.router.leave, always_call=True)
     for name, layer in parts.layers.items():
         model.set_submodule(name, layer)
+    if parts.head_gate is not None:
+        parts.joint_head.add_module(HEAD_GATE, parts.head_gate)
     if not parts.units:
         return
     entries = [model]
@@ -111,23 +162,30 @@ def put_in(model: nn.Module, parts: Parts) -> None:
         entry.register_forward_hook(parts.router.end, always_call=True)
 
 
-def take_out(model: nn.Module, router: Router) -> Parts:
+def uninstall(model: nn.Module, router: Router) -> Parts:
     """Take everything of a mixture out of a model, which is then what it was, and return it."""
-    parts = Parts(mixture_layers(model), {}, router)
-    modules = dict(model.named_modules())
-    for module in modules.values():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, partial) and hook.args and isinstance(hook.args[0], Unit):
-                parts.units[hook.args[0]] = module._modules.get(GATE)
-    for module in modules.values():
+    parts = Parts(mixture_layers(model), units_of(model), router)
+    for module in list(model.modules()):
         module._modules.pop(GATE, None)
         remove_hooks(module)
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Restoring):
             module._gradient_checkpointing_func = checkpoint.checkpoint
+    if parts.joint_head is not None:
+        parts.head_gate = parts.joint_head._modules.pop(HEAD_GATE, None)
     for name, layer in parts.layers.items():
         model.set_submodule(name, layer.base)
     return parts
+
+
+def units_of(model: nn.Module) -> dict[Unit, Gate | None]:
+    """The units of a mixture in a model, in its order, with the gates before them."""
+    found: dict[Unit, Gate | None] = {}
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, partial) and hook.args and isinstance(hook.args[0], Unit):
+                found[hook.args[0]] = module._modules.get(GATE)
+    return found
 
 
 def remove_hooks(module: nn.Module) -> None:
@@ -146,26 +204,35 @@ def remove_hooks(module: nn.Module) -> None:
 def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_places: list[tuple[str, int]]) -> None:
     """Give new gates and a new head what the old ones have learned of the classes that are in both.
 
-    old_places, new_places: (expert, number of its class) of every row of the gates' scores.
+    old_places, new_places: (expert, number of its class) of every row of the gates' scores. The fixed first layer of a gate stays
+    as it is too, so that statistics of old and new experts are of the same features.
     """
     both = [(new_places.index(place), row) for row, place in enumerate(old_places) if place in new_places]
     rows, old_rows = ([pair[side] for pair in both] for side in (0, 1))
-    old_gates = {unit.name: gate for unit, gate in old.units.items() if gate is not None}
+    old_gates = old.gates()
     with torch.no_grad():
-        for unit, gate in new.units.items():
-            before = old_gates.get(unit.name)
-            if gate is not None and before is not None and gate.feature_count == before.feature_count:
+        for name, gate in new.gates().items():
+            before = old_gates.get(name)
+            if before is not None and gate.feature_count == before.feature_count:
+                gate.copy_first_layer(before)
                 gate.coefficient.copy_(before.coefficient)
                 gate.score.weight[rows] = before.score.weight[old_rows]
                 gate.score.bias[rows] = before.score.bias[old_rows]
-        heads = [next((layer for layer in parts.layers.values() if isinstance(layer, JointHead)), None) for parts in (old, new)]
+        heads = [old.joint_head, new.joint_head]
         if None not in heads:
+            before, after = ([expert for expert, number in places if number == 0] for places in (old_places, new_places))
+            kept = [(after.index(name), row) for row, name in enumerate(before) if name in after]
             for name in HEAD_NUMBERS:
-                getattr(heads[1], name).copy_(getattr(heads[0], name))
+                value, own = getattr(heads[0], name), getattr(heads[1], name)
+                if value.ndim == 0:
+                    own.copy_(value)
+                elif len(value):
+                    own.fill_(value.mean())  # for a new expert, what holds for the others
+                    own[[row for row, _ in kept]] = value[[row for _, row in kept]]
 
 
 def cut_experts(names: list[str], ranks: dict[str, list[int]], heads: list[str], sizes: list[int],
-                tensors: dict[str, Tensor]) -> list[Expert]:
+                tensors: dict[str, Tensor], without_adapter: Collection[str] = ()) -> list[Expert]:
     """Cut stacked tensors, keyed "<layer>.<tensor>", into experts again. sizes: number of classes of each expert."""
     experts = [Expert(name) for name in names]
     for layer, own in ranks.items():
@@ -179,7 +246,8 @@ def cut_experts(names: list[str], ranks: dict[str, list[int]], heads: list[str],
         if weights.ndim == 2:  # one after the other
             weights, biases = weights.split(sizes), biases.split(sizes)
         for expert, weight, bias in zip(experts, weights, biases, strict=True):
-            expert.heads[layer] = (weight, bias)
+            if expert.name not in without_adapter:
+                expert.heads[layer] = (weight, bias)
     return experts
 
 

@@ -6,13 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ContextGatedMOE import building, fitting
+from ContextGatedMOE import building, calibration, fitting
 from ContextGatedMOE.adapters import Expert, MixtureError
+from ContextGatedMOE.heads import HEAD_NUMBERS
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.statistics import Statistics, discriminant
 
 Classes = Mapping[str, Sequence[str]]
-STATE = ("expert_names", "classes", "same", "sizes", "labels", "columns", "statistics")  # of a mixture, besides its parts
+START_SHARE = 1 / 3  # of the blocks: see `choose_start`
+# What a mixture is made of, besides its parts.
+STATE = ("expert_names", "classes", "same", "sizes", "labels", "columns", "statistics", "without_adapter", "chosen_gates",
+         "shrinkage", "refuse_below", "fitted_passes")
 
 
 def build(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None) -> building.Parts:
@@ -21,10 +25,12 @@ def build(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None) -
     names = [expert.name for expert in chosen]
     classes = {name: list(classes[name]) for name in names} if classes else None
     sizes = [len(classes[name]) if classes else 1 for name in names]
+    without_adapter = [expert.name for expert in chosen if not expert.updates and not expert.heads]
     labels, called, columns = building.output_columns(names, classes, model.same) if classes else ([], [], None)
-    parts = building.make(model.base_model, chosen, sizes, columns, model.gate_hidden, model.router)
-    building.put_in(model.base_model, parts)
+    parts = building.make(model.base_model, chosen, sizes, columns, model.gate_hidden, model.router, model.chosen_gates)
+    building.install(model.base_model, parts)
     model.expert_names, model.classes, model.sizes, model.labels = names, classes, sizes, labels
+    model.without_adapter = without_adapter
     model.columns = {name: columns[sum(sizes[:at]) : sum(sizes[: at + 1])] if columns else [] for at, name in enumerate(names)}
     building.set_config(model.base_model, model.plain_config, called, building.head_width(parts))
     return parts
@@ -34,14 +40,15 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
             statistics: Mapping[str, dict[str, Statistics]], images: Mapping[str, fitting.Batches]) -> None:
     """Other experts in a mixture, with gates from the statistics of all, or, where these are unknown, as they were.
 
-    images: of new experts. On an error everything is as it was before, down to the tensors themselves.
+    images: of new experts. What was unfamiliar to the old experts may not be to these, so nothing is refused until that is fitted
+    anew. On an error everything is as it was before, down to the tensors themselves.
     """
-    state: dict[str, Any] = {name: getattr(model, name) for name in STATE}
+    state = {name: getattr(model, name) for name in STATE}
     config = getattr(model.base_model, "config", None)
     places = places_of(model)
-    old = building.take_out(model.base_model, model.router)
+    old = building.uninstall(model.base_model, model.router)
     try:
-        model.same, model.statistics = [list(group) for group in same], dict(statistics)
+        model.same, model.statistics, model.refuse_below = [list(group) for group in same], dict(statistics), None
         new = build(model, chosen, classes)
         building.carry_over(old, new, places, places_of(model))
         if images:
@@ -49,8 +56,8 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
                 model.statistics |= gather(model, images)
         solve(model)
     except BaseException:
-        building.take_out(model.base_model, model.router)
-        building.put_in(model.base_model, old)
+        building.uninstall(model.base_model, model.router)
+        building.install(model.base_model, old)
         building.set_config(model.base_model, config)
         for name, value in state.items():
             setattr(model, name, value)
@@ -60,7 +67,8 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
 def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches]) -> None:
     """See `ContextGatedMOE.fit_gates`."""
     unknown = sorted({*images, *validation} - set(model.expert_names))
-    missing = sorted(set(model.expert_names) - set(images) - set(model.statistics))
+    known = {} if model.fitted_passes not in (None, model.passes) else model.statistics
+    missing = sorted(set(model.expert_names) - set(images) - set(known))
     if unknown:
         raise MixtureError(f"no expert is called {unknown[0]!r}")
     if missing:
@@ -70,36 +78,99 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
             "validation images choose how much the head of all classes believes the gates; without classes=... there is "
             "no such head"
         )
-    before, statistics = [parameter.detach().clone() for parameter in model.gate_parameters()], model.statistics
-    buffers = {name: [buffer.clone() for buffer in gate.buffers()] for name, gate in model.gates().items()}
+    again = set(images) >= set(model.expert_names)  # where gates stand is chosen anew only if all images are here
+    state, start = {name: getattr(model, name) for name in STATE}, model.router.start
+    old = building.uninstall(model.base_model, model.router)
+    numbers = {} if old.joint_head is None else {name: getattr(old.joint_head, name).clone() for name in HEAD_NUMBERS}
     try:
+        if again:
+            model.chosen_gates = None
+        new = building.with_new_gates(model.base_model, old, model.sizes, model.gate_hidden, model.chosen_gates)
+        building.install(model.base_model, new)
+        building.carry_over(old, new, places_of(model), places_of(model))
         with model.evaluating():
-            model.statistics = {**statistics, **gather(model, images)}
+            kept = {name: fitting.drawn(fitting.batches(own, model, name, model.sizes[model.expert_names.index(name)]),
+                                        calibration.most_of_each(validation)) for name, own in validation.items()}
+            if again:
+                model.router.start = choose_start(model, images, kept)
+            model.statistics = {**known, **gather(model, images)}
+            model.fitted_passes = model.passes
             solve(model)
-            if validation:
-                fitting.calibrate(model, validation)
+            if kept:
+                calibrate(model, kept)
     except BaseException:
-        model.statistics = statistics
+        building.uninstall(model.base_model, model.router)
+        building.install(model.base_model, old)
+        for name, value in state.items():
+            setattr(model, name, value)
+        model.router.start = start
         with torch.no_grad():
-            for parameter, value in zip(model.gate_parameters(), before, strict=True):
-                parameter.copy_(value)
-            for name, gate in model.gates().items():
-                for buffer, value in zip(gate.buffers(), buffers[name], strict=True):
-                    buffer.copy_(value)
+            for name, value in numbers.items():
+                getattr(old.joint_head, name).copy_(value)
         raise
 
 
+def choose_start(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Drawn]) -> int:
+    """The number of the block from which on experts are used; the gates before it see what the plain model sees.
+
+    Early, an image may go to another's expert; late, its own hardly changes what is seen of it. A third of the blocks is right
+    where nothing tells more.
+    """
+    units = building.units_of(model.base_model)
+    blocks = sum(unit.place is not None for unit in units)
+    places = [unit.place for unit, gate in units.items() if gate is not None and unit.place is not None]
+    if model.joint_head is None or model.passes == 2:
+        return 0
+    return max([place for place in places if place <= START_SHARE * blocks], default=0)
+
+
+def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> None:
+    """Fit shrinkage, the gates' coefficients and the head's numbers to validation images, and drop the gates that add nothing.
+
+    The images are seen twice: by the gates as they start, then by the weights that follow.
+    """
+    seen = fitting.see(model, validation)
+    losses = {}
+    for shrinkage in calibration.SHRINKAGES:
+        model.shrinkage = shrinkage
+        solve(model)
+        losses[shrinkage] = calibration.fit_numbers(model, seen, with_head=False)
+    model.shrinkage = min(losses, key=losses.get)
+    solve(model)
+    calibration.fit_numbers(model, seen, with_head=False)
+    seen = fitting.see(model, validation)
+    calibration.fit_numbers(model, seen)
+    worth = calibration.gates_worth_keeping(model, seen)
+    if not worth >= set(seen.features):
+        keep_gates(model, worth)
+        seen.features = {name: values for name, values in seen.features.items() if name in model.gates()}
+        calibration.fit_numbers(model, seen)
+
+
+def keep_gates(model: nn.Module, chosen: set[str]) -> None:
+    """Drop all gates but these, the first of them to see an image before experts are used, and with them their statistics."""
+    parts = building.uninstall(model.base_model, model.router)
+    before = [unit.name for unit, gate in parts.units.items() if gate is not None and (unit.place or 0) <= model.router.start]
+    if before and not chosen & set(before):
+        chosen = {*chosen, before[-1]}
+    building.install(model.base_model, building.with_fewer_gates(parts, chosen))
+    model.chosen_gates = chosen
+    model.statistics = {name: {gate: own for gate, own in by_gate.items() if gate in chosen}
+                        for name, by_gate in model.statistics.items()}
+
+
 def gather(model: nn.Module, images: Mapping[str, fitting.Batches]) -> dict[str, dict[str, Statistics]]:
-    """Statistics of experts' images, {expert: {layer: statistics}}, from one pass through the plain base model."""
-    return {name: fitting.gather(model, name, own, model.sizes[model.expert_names.index(name)]) for name, own in images.items()}
+    """Statistics of experts' images, {expert: {gate: statistics}}, from one pass through each image's own expert."""
+    return {name: fitting.collect_statistics(model, name, own, model.sizes[model.expert_names.index(name)])
+            for name, own in images.items()}
 
 
 def solve(model: nn.Module) -> None:
     """Set the gates to the linear discriminants that follow from the statistics, wherever these are known of all experts."""
-    for layer, gate in model.gates().items():
-        known = [model.statistics.get(name, {}).get(layer) for name in model.expert_names]
-        if all(known):
-            gate.start(discriminant(known))
+    for name, gate in model.gates().items():
+        known = [model.statistics.get(expert, {}).get(name) for expert in model.expert_names]
+        if known and all(known):
+            gate.set_discriminant(discriminant(known, model.shrinkage))
 
 
 def places_of(model: nn.Module) -> list[tuple[str, int]]:
@@ -112,4 +183,5 @@ def experts_of(model: nn.Module) -> list[Expert]:
     layers = model.mixture_layers()
     tensors = {f"{name}.{key}": value for name, module in layers.items() for key, value in module.state_dict().items()}
     ranks = {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)}
-    return building.cut_experts(model.expert_names, ranks, [name for name in layers if name not in ranks], model.sizes, tensors)
+    return building.cut_experts(model.expert_names, ranks, [name for name in layers if name not in ranks], model.sizes, tensors,
+                                model.without_adapter)

@@ -3,33 +3,27 @@
 import inspect
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.gate import START
-from ContextGatedMOE.heads import HEAD_NUMBERS
-from ContextGatedMOE.passes import Enough
+from ContextGatedMOE.passes import StopPass
 from ContextGatedMOE.statistics import Statistics
 
-ROUTING = 0.3  # weight of the gates' own log-likelihood of the experts beside that of the joint answer
-TOWARDS_START = 0.03  # a pull to where the numbers begin, for few validation images
-HEAD_START = (1.0, 1.0, 0.5)
 ADDED_AT_ONCE = 1024  # images, as adding up sums takes as long as making them of many images
-CALIBRATED, CALIBRATED_OF_ONE = 600, 8  # validation images that the handful of numbers is fitted to, and at least of an expert
 
 Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
 
 
-def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def batches(images: Batches, model: nn.Module, name: str = "", classes: int | None = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """The batches of an expert as arguments of the model, on its device, and labels (B,), on the CPU.
 
     Labels are positions in the expert's classes. A pair whose first part is a tensor means the model's main input, such as
-    `pixel_values`.
+    `pixel_values`. Raises MixtureError, naming the expert, if labels are none of that many classes.
     """
     main = getattr(model.base_model, "main_input_name", None) or next(
         iter(inspect.signature(model.base_model.forward).parameters)
@@ -38,31 +32,53 @@ def batches(images: Batches, model: nn.Module) -> Iterator[tuple[dict[str, Any],
         images = [images]
     for batch in images:
         if isinstance(batch, Mapping):
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
             labels = batch.get("labels")
         else:
             inputs, labels = batch
             inputs = inputs if isinstance(inputs, Mapping) else {main: inputs}
         device = model.device
-        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         size = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
-        yield inputs, torch.zeros(size, dtype=torch.long) if labels is None else labels.detach().cpu().long()
+        labels = torch.zeros(size, dtype=torch.long) if labels is None or classes == 1 else torch.as_tensor(labels).detach().cpu()
+        if classes is not None:
+            check_labels(labels, size, name, classes)
+        yield inputs, labels.long()
+
+
+def check_labels(labels: Tensor, size: int, name: str, classes: int) -> None:
+    """Raise MixtureError unless labels are one whole number for each of `size` images, from 0 to below `classes`."""
+    if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
+        raise MixtureError(f"expert '{name}' needs labels of shape ({size},), one class number for each image, not {labels.dtype} "
+                           f"of shape {tuple(labels.shape)}")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(wrong[0])}")
+
+
+def through_own_expert(model: nn.Module, name: str, **asked: Any) -> AbstractContextManager[None]:
+    """Passes by an expert's weights alone, from the block on where experts begin; plain ones, where it has no adapter or two
+    passes choose the expert."""
+    if model.passes == 2 or name in model.without_adapter:
+        return model.router.using(plain=True, **asked)
+    return model.router.using(fixed=model.weights_of({name: 1.0}), from_start=True, **asked)
 
 
 @torch.no_grad()
-def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[str, Statistics]:
-    """Statistics of an expert's images at every gate, {layer name: statistics}, from one pass through the plain base model.
+def collect_statistics(model: nn.Module, name: str, images: Batches, classes: int) -> dict[str, Statistics]:
+    """Statistics of an expert's images at every gate, {gate name: statistics}, from one pass through this expert.
 
-    Raises MixtureError if there are no images of some class, or labels that are none of the classes.
+    Raises MixtureError if there are no images of some class, labels that are none of the classes, or features that are not
+    finite.
     """
     found: dict[str, Statistics] = {}
     waiting: list[tuple[Tensor, dict[str, Tensor]]] = []  # labels and features of batches that are not added up yet
-    for inputs, labels in batches(images, model):
-        if classes == 1:
-            labels = torch.zeros_like(labels)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(labels.max())}")
-        waiting.append((labels, _features(model, inputs)))
+    for inputs, labels in batches(images, model, name, classes):
+        features: dict[str, Tensor] = {}
+        with suppress(StopPass), through_own_expert(model, name, features=features, until=len(model.gates())):
+            model.base_model(**inputs)
+        check_finite(features, name)
+        waiting.append((labels, features))
         if sum(len(labels) for labels, _ in waiting) >= ADDED_AT_ONCE:
             _add(found, waiting, classes)
     _add(found, waiting, classes)
@@ -73,15 +89,15 @@ def gather(model: nn.Module, name: str, images: Batches, classes: int) -> dict[s
         raise MixtureError(
             f"expert '{name}' has no images of {len(empty)} of its {classes} classes; the gates need some of each"
         )
-    return {layer: statistics.rounded() for layer, statistics in found.items()}
+    return {gate: statistics.rounded() for gate, statistics in found.items()}
 
 
-def _features(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What every gate sees of images in the plain base model: (B, K) by layer. The pass ends at the last gate."""
-    features: dict[str, Tensor] = {}
-    with suppress(Enough), model.router.using(plain=True, features=features, until=len(model.gates())):
-        model.base_model(**inputs)
-    return features
+def check_finite(features: Mapping[str, Tensor], name: str) -> None:
+    """Raise MixtureError, naming the expert, if what gates see of its images is not finite."""
+    for gate, values in features.items():
+        if not torch.isfinite(values).all():
+            raise MixtureError(f"an image of expert '{name}' gives values at '{gate}' that are infinite or no numbers; look at its "
+                               "pixels, or load the base in bf16 or fp32 if it is in fp16")
 
 
 def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Tensor]]], classes: int) -> None:
@@ -89,34 +105,18 @@ def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Ten
     if not waiting:
         return
     labels = torch.cat([labels for labels, _ in waiting])
-    for layer in waiting[0][1]:
-        new = Statistics.of(torch.cat([features[layer] for _, features in waiting]), labels, classes)
-        found[layer] = found[layer] + new if layer in found else new
+    for gate in waiting[0][1]:
+        new = Statistics.of(torch.cat([features[gate] for _, features in waiting]), labels, classes)
+        found[gate] = found[gate] + new if gate in found else new
     waiting.clear()
-
-
-def calibrate(model: nn.Module, images: Mapping[str, Batches]) -> float:
-    """Fit how much each gate counts, and how the head weighs gates and experts, to the joint likelihood of validation images.
-
-    A handful of numbers: one coefficient a gate, and the head's three. Enough images are drawn at random, and experts weigh
-    alike, whatever the number of their images. The images are seen twice: as far as the last gate, for the gates' coefficients
-    alone, then to the end, by the weights that follow, for all numbers. Returns the loss. Raises MixtureError if an expert has
-    no images.
-    """
-    most = max(CALIBRATED // len(images), CALIBRATED_OF_ONE)
-    drawn = {name: _drawn(batches(own, model), most) for name, own in images.items()}
-    for name, own in drawn.items():
-        if not own:
-            raise MixtureError(f"there are no validation images of expert '{name}'")
-    _fit(model, *_seen(model, drawn, until=len(model.gates())))
-    return _fit(model, *_seen(model, drawn))
 
 
 Drawn = list[tuple[dict[str, Any], Tensor]]  # batches: the model's arguments and labels
 
 
-def _drawn(images: Iterable[tuple[dict[str, Any], Tensor]], most: int) -> Drawn:
-    """At most so many of an expert's images, each as likely as any other, in batches of the size that they came in.
+def drawn(images: Iterable[tuple[dict[str, Any], Tensor]], most: int) -> Drawn:
+    """At most so many of an expert's images, each as likely as any other, in batches of images of one shape, as large as those
+    that they came in.
 
     They are read once, and how many there are is not known before (Vitter 1985, reservoir sampling).
     """
@@ -132,7 +132,10 @@ def _drawn(images: Iterable[tuple[dict[str, Any], Tensor]], most: int) -> Drawn:
             if place < most:  # copied, or the whole batch would stay in memory, and that of a GPU is needed for the passes
                 own = {name: value[row].clone().cpu() for name, value in by_image.items()}
                 kept[place : place + 1] = [(own, rest, labels[row])]
-    return [_batch(kept[start : start + size]) for start in range(0, len(kept), size)]
+    shapes: dict[tuple, list] = {}
+    for image in kept:
+        shapes.setdefault(tuple((name, value.shape) for name, value in image[0].items()), []).append(image)
+    return [_batch(group[start : start + size]) for group in shapes.values() for start in range(0, len(group), size)]
 
 
 def _batch(images: list[tuple[dict[str, Tensor], dict[str, Any], Tensor]]) -> tuple[dict[str, Any], Tensor]:
@@ -141,69 +144,47 @@ def _batch(images: list[tuple[dict[str, Tensor], dict[str, Any], Tensor]]) -> tu
     return images[0][1] | inputs, torch.stack([label for *_, label in images])
 
 
+@dataclass
+class Seen:
+    """What the gates and the head see of N images. features: {gate name: (N, K)}, in the model's order; logits: (N, C) of the
+    experts' heads; labels: (N,) among all experts' classes; weights: (N,), the same sum for each expert, 1 in all."""
+
+    features: dict[str, Tensor]
+    logits: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    def scores(self, model: nn.Module) -> Tensor:
+        """What the gates say of the classes (N, gates, C)."""
+        gates = model.gates()
+        return torch.stack([gates[name](features) for name, features in self.features.items()], dim=1)
+
+
 @torch.no_grad()
-def _seen(model: nn.Module, images: Mapping[str, Drawn],
-          until: int | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Scores of the gates (N, gates, C), the experts' own logits (N, C), joint labels (N,), and weights (N,) of images.
+def see(model: nn.Module, images: Mapping[str, Iterable[tuple[dict[str, Any], Tensor]]], own_expert: bool = False) -> Seen:
+    """One pass of the mixture, or of each image's own expert, over images by expert; labels are positions in its classes.
 
-    until: the number of gates after which a pass ends; there are no logits then.
+    Raises MixtureError if an expert has none, or one gives no finite numbers.
     """
-    all_scores, all_logits, all_labels, all_weights = [], [], [], []
-    head = model.joint_head
+    features: dict[str, list[Tensor]] = {}
+    logits, labels, weights = [], [], []
     for name, own_images in images.items():
-        start = sum(head.classes.sizes[: model.expert_names.index(name)])
-        weight = 1 / (sum(len(labels) for _, labels in own_images) * len(images))
-        for inputs, labels in batches(own_images, model):
-            scores: dict[str, Tensor] = {}
-            with suppress(Enough), model.router.using(scores=scores, until=until):
-                model.base_model(**inputs)
-            logits = scores.pop(head.name, None)
-            if until is None:
-                all_logits.append(logits)
-            all_scores.append(torch.stack(list(scores.values()), dim=1))
-            all_labels.append(labels + start)
-            all_weights.append(torch.full((len(labels),), weight))
-    device, labels, weights = all_scores[0].device, torch.cat(all_labels), torch.cat(all_weights)
-    return torch.cat(all_scores), torch.cat(all_logits) if all_logits else None, labels.to(device), weights.to(device)
-
-
-@torch.enable_grad()
-def _fit(model: nn.Module, scores: Tensor, logits: Tensor | None, labels: Tensor, weights: Tensor) -> float:
-    """Choose the gates' coefficients and, where there are logits, the head's numbers by LBFGS; all stay at or above zero."""
-    head, gates = model.joint_head, model.gates()
-    if scores.device.type != "mps":  # which has no fp64; elsewhere rounding is not to decide where the search ends
-        scores, logits, weights = scores.double(), None if logits is None else logits.double(), weights.double()
-    numbers, begin = [gate.coefficient for gate in gates.values()], [START] * len(gates)
-    if logits is not None:
-        numbers, begin = [*numbers, *(getattr(head, name) for name in HEAD_NUMBERS)], [*begin, *HEAD_START]
-    start = torch.tensor(begin, dtype=scores.dtype, device=scores.device)
-    free = start.expm1().log().requires_grad_()  # the inverse of softplus
-    optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
-    owner = head.classes.owner[labels]
-
-    def negative_log_likelihood(said: Tensor, truth: Tensor) -> Tensor:
-        return -(weights * said.gather(1, truth[:, None])[:, 0]).sum()
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        values = F.softplus(free)
-        evidence, total = torch.zeros_like(scores[:, 0]), TOWARDS_START * (values - start).square().sum()
-        for number in range(len(gates)):  # every gate has to route well with what is known before it
-            evidence = evidence + values[number] * scores[:, number]
-            router = head.classes.experts(evidence)
-            total = total + ROUTING / len(gates) * negative_log_likelihood(router, owner)
-        if logits is None:
-            total = total + negative_log_likelihood(router, owner)
-        else:
-            router_scale, expert_scale, class_share = values[len(gates) :]
-            router = (router_scale * router).log_softmax(-1)[:, head.classes.owner]
-            joint = head.own(logits, expert_scale) + router + class_share * head.classes.classes(evidence)
-            total = total + negative_log_likelihood(joint.log_softmax(-1), labels)
-        total.backward()
-        return total
-
-    value = optimizer.step(loss)
-    with torch.no_grad():
-        for number, fitted in zip(numbers, F.softplus(free), strict=True):
-            number.copy_(fitted)
-    return value.item()
+        first, count = sum(model.sizes[: model.expert_names.index(name)]), 0
+        for inputs, own_labels in own_images:
+            inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+            found, head = {}, {}
+            asked = {"features": found, "head": head}
+            with through_own_expert(model, name, **asked) if own_expert else model.router.using(**asked):
+                (model.base_model if own_expert else model.run)(**inputs)
+            check_finite({**found, "the head": head["logits"]}, name)
+            for gate, values in found.items():
+                features.setdefault(gate, []).append(values)
+            logits.append(head["logits"])
+            labels.append(own_labels + first)
+            count += len(own_labels)
+        if not count:
+            raise MixtureError(f"there are no validation images of expert '{name}'")
+        weights.append(torch.full((count,), 1 / (count * len(images))))
+    device = logits[0].device
+    return Seen({gate: torch.cat(values) for gate, values in features.items()}, torch.cat(logits),
+                torch.cat(labels).to(device), torch.cat(weights).to(device))

@@ -1,5 +1,6 @@
 """The gate: a two-layer perceptron from an image's tokens to evidence for every class, and from classes to experts."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor, nn
 
 from ContextGatedMOE.statistics import Discriminant
 
-BANDS = 4  # consecutive parts of the tokens, each pooled by itself: coarse positions
-LINEAR_FEATURES = 256  # at most, of the pooled tokens themselves
-START = 0.3  # how much each gate's scores count before validation images have said; see `fitting.calibrate`
+PARTS = 2  # an image's tokens are also pooled in so many by so many parts of it, where there is room
+POOLED_FEATURES = 960  # at most, of the pooled tokens: with 128 random features the statistics of a gate take 2.4 MB an expert
+START = 0.1  # how much each gate's scores count before validation images have said; see `fitting.calibrate`
 
 
-def moved(tensor: Tensor, fn: Callable) -> Tensor:
+def keep_dtype(tensor: Tensor, fn: Callable) -> Tensor:
     """What `fn` makes of a tensor, but never of another type."""
     changed = fn(tensor)
     return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
@@ -23,7 +24,7 @@ class InFloat32(nn.Module):
     """A module whose tensors stay in fp32 when the model around it is converted: in bf16 small updates round to nothing."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "InFloat32":
-        return super()._apply(lambda tensor: moved(tensor, fn), recurse)
+        return super()._apply(lambda tensor: keep_dtype(tensor, fn), recurse)
 
 
 class ClassMap(InFloat32):
@@ -47,18 +48,18 @@ class ClassMap(InFloat32):
         for name, value in (("index", index), ("used", used), ("log_prior", prior.log()), ("owner", owner)):
             self.register_buffer(name, value, persistent=False)
 
-    def classes(self, evidence: Tensor) -> Tensor:
+    def class_log_probs(self, evidence: Tensor) -> Tensor:
         """Log-probabilities (B, C) of all classes of all experts, from evidence (B, C)."""
         return (evidence + self.log_prior).log_softmax(-1)
 
-    def experts(self, evidence: Tensor) -> Tensor:
+    def expert_log_probs(self, evidence: Tensor) -> Tensor:
         """Log-probabilities (B, E) of the experts: an expert is as likely as its classes together."""
-        classes = self.classes(evidence)[:, self.index]  # (B, E, largest number of classes)
+        classes = self.class_log_probs(evidence)[:, self.index]  # (B, E, largest number of classes)
         return classes.masked_fill(~self.used, -torch.inf).logsumexp(-1)
 
     def weights(self, evidence: Tensor, top_k: int | None, training: bool) -> Tensor:
         """Weights (B, E) of the experts, each row summing to one."""
-        return select(self.experts(evidence).exp(), top_k, training)
+        return select(self.expert_log_probs(evidence).exp(), top_k, training)
 
 
 def select(weights: Tensor, top_k: int | None, training: bool) -> Tensor:
@@ -75,36 +76,44 @@ def select(weights: Tensor, top_k: int | None, training: bool) -> Tensor:
 
 
 class Gate(InFloat32):
-    """What an image's tokens before a block say of all experts' classes.
+    """What an image's tokens at one depth say of all experts' classes.
 
     The first layer is fixed and random, `relu(W1 x + b1)` of every normalised token (random features, Rahimi and Recht 2008);
-    its mean in each of four consecutive parts of the tokens, with mean, deviation and the parts' means of the tokens
-    themselves, are the features of an image. The second layer, the only part that learns, gives each class a score; its start
-    is the linear discriminant of the classes, in closed form (`ContextGatedMOE.statistics`). All is computed in fp32.
+    its mean over the tokens, with the first token, which is the class token where a model has one, the mean and the deviation
+    of the others and, where there is room, their means in two by two parts of the image, are the features of an image. Where
+    the pooled tokens are too many, they are added up in groups with random signs (feature hashing, Weinberger et al. 2009). The
+    second layer, the only part that learns, gives each class a score; its start is the linear discriminant of the classes, in
+    closed form (`ContextGatedMOE.statistics`). All is computed in fp32.
     """
 
-    def __init__(self, width: int, hidden: int, sizes: list[int]):
-        """width: D of the tokens. hidden: units of the first layer. sizes: number of classes of each expert."""
+    def __init__(self, width: int, hidden: int, sizes: list[int], of_tokens: bool = True):
+        """width: D of the tokens. hidden: units of the first layer. sizes: number of classes of each expert. of_tokens: whether
+        the gate sees all tokens (B, N, D), not one vector (B, D) of an image."""
         super().__init__()
-        self.width, self.hidden = width, hidden
-        generator = torch.Generator().manual_seed(width * 1_000_003 + hidden)  # the same for every mixture: statistics add up
-        self.register_buffer("hidden_weight", torch.randn(hidden, width, generator=generator) / width**0.5, persistent=False)
-        self.register_buffer("hidden_bias", torch.randn(hidden, generator=generator) / 2, persistent=False)
-        pooled = (2 + BANDS) * width
-        picked = torch.linspace(0, pooled - 1, min(pooled, LINEAR_FEATURES)).round().long()
-        self.register_buffer("picked", picked, persistent=False)
+        self.width, self.hidden, self.of_tokens = width, hidden, of_tokens
+        fixed = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are: statistics of all mixtures add up
+        generator = torch.Generator("cpu").manual_seed(width * 1_000_003 + hidden)
+        self.register_buffer("hidden_weight", torch.randn(hidden, width, generator=generator, **fixed) / width**0.5)
+        self.register_buffer("hidden_bias", torch.randn(hidden, generator=generator, **fixed) / 2)
+        pooled = 3 * width if of_tokens else width
+        self.with_parts = of_tokens and pooled + PARTS**2 * width <= POOLED_FEATURES
+        pooled += PARTS**2 * width if self.with_parts else 0
+        kept = min(pooled, POOLED_FEATURES)
+        bucket = torch.arange(pooled, device="cpu")
+        if kept < pooled:
+            bucket = bucket[torch.randperm(pooled, generator=generator, device="cpu")] % kept
+        sign = torch.randint(2, (pooled,), generator=generator, device="cpu").to(torch.float32) * 2 - 1
+        self.register_buffer("bucket", bucket)
+        self.register_buffer("sign", sign)
         self.classes = ClassMap(sizes)
-        self.score = nn.Linear(len(picked) + BANDS * hidden, sum(sizes))
+        self.score = nn.Linear(kept + hidden, sum(sizes), **fixed)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
-        self.coefficient = nn.Parameter(torch.tensor(START))
+        self.coefficient = nn.Parameter(torch.tensor(START, **fixed))
         directions = min(sum(sizes), self.feature_count)  # as many as there may be; those that are not used are zero
-        for name, shape in (
-            ("axes", (directions, self.feature_count)),
-            ("origin", (directions,)),
-            ("centres", (directions, sum(sizes))),
-        ):
-            self.register_buffer(name, torch.zeros(shape))
+        for name, shape in (("axes", (directions, self.feature_count)), ("origin", (directions,)),
+                            ("centres", (directions, sum(sizes))), ("precision", (directions, directions))):
+            self.register_buffer(name, torch.zeros(shape, **fixed))
 
     @property
     def feature_count(self) -> int:
@@ -116,11 +125,20 @@ class Gate(InFloat32):
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
             units = F.relu(F.linear(F.layer_norm(tokens, tokens.shape[-1:]), self.hidden_weight, self.hidden_bias))  # (B, N, H)
-            whole, bands = shares(tokens, mask)  # (B or 1, 1, N), (B or 1, bands, N)
-            mean = whole @ tokens  # (B, 1, D)
-            deviation = (whole @ (tokens - mean).square() + 1e-12).sqrt()
-            pooled = torch.cat([mean, deviation, bands @ tokens], dim=1).flatten(1)
-            return torch.cat([pooled[:, self.picked], (bands @ units).flatten(1)], dim=1)
+            if not self.of_tokens:
+                return torch.cat([self._fewer(tokens[:, 0]), units[:, 0]], dim=1)
+            whole, others, parts = shares(tokens, mask)  # each (B or 1, n, N)
+            mean = others @ tokens  # (B, 1, D)
+            deviation = (others @ (tokens - mean).square() + 1e-12).sqrt()
+            pooled = torch.cat([tokens[:, :1], mean, deviation, *([parts @ tokens] if self.with_parts else [])], dim=1)
+            return torch.cat([self._fewer(pooled.flatten(1)), (whole @ units)[:, 0]], dim=1)
+
+    def _fewer(self, pooled: Tensor) -> Tensor:
+        """Pooled tokens (B, P) as at most POOLED_FEATURES numbers."""
+        kept = self.feature_count - self.hidden
+        if kept == pooled.shape[1]:
+            return pooled
+        return pooled.new_zeros(len(pooled), kept).index_add(1, self.bucket, pooled * self.sign)
 
     def forward(self, features: Tensor) -> Tensor:
         """Scores (B, C) of all classes from features (B, K), before they are weighed by `coefficient`."""
@@ -128,12 +146,20 @@ class Gate(InFloat32):
             return self.score(features)
 
     @torch.no_grad()
-    def start(self, found: Discriminant) -> None:
+    def set_discriminant(self, found: Discriminant) -> None:
         """Begin with the discriminants of all experts' classes."""
         self.score.weight.copy_(found.weight)
         self.score.bias.copy_(found.bias)
-        for buffer, value in ((self.axes, found.axes), (self.origin, found.origin), (self.centres, found.centres)):
-            buffer.zero_()[: len(value)] = value
+        for name in ("axes", "origin", "centres"):
+            value = getattr(found, name)
+            getattr(self, name).zero_()[: len(value)] = value
+        self.precision.zero_()[: len(found.precision), : len(found.precision)] = found.precision
+
+    @torch.no_grad()
+    def copy_first_layer(self, other: "Gate") -> None:
+        """See the same features as another gate of as many."""
+        for name in ("hidden_weight", "hidden_bias", "bucket", "sign"):
+            getattr(self, name).copy_(getattr(other, name))
 
     @property
     def knows_classes(self) -> bool:
@@ -141,24 +167,37 @@ class Gate(InFloat32):
         return bool(self.axes.any())
 
     def familiarity(self, features: Tensor) -> Tensor:
-        """How near images are to each class (B, C), from features (B, K).
+        """How familiar images are (B,), from features (B, K): larger for those that are nearer to a class than images of any
+        class are to all.
 
-        It is the cosine between an image and a class in the whitened space of the classes' means, both as seen from the middle
-        of all classes.
+        It is the relative Mahalanobis distance (Ren et al. 2021) to the nearest class, negative, for each direction of the
+        space of the classes' means.
         """
-        seen = F.normalize(F.linear(features, self.axes) - self.origin, dim=-1)
-        return seen @ self.centres
+        seen = F.linear(features, self.axes) - self.origin  # (B, R)
+        nearest = (seen.square().sum(1, keepdim=True) - 2 * seen @ self.centres + self.centres.square().sum(0)).amin(1)
+        anywhere = ((seen @ self.precision) * seen).sum(1)
+        return (anywhere - nearest) / self.precision.any(1).sum().clamp_min(1)
 
 
-def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How much each token counts in the mean over all (B, 1, N) and over each of four consecutive parts (B, 4, N).
+def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """How much each token counts in three means: over all (B, 1, N), over all but the first (B, 1, N), and over each of two by
+    two parts of the image (B, 4, N).
 
-    Without a mask B is 1. A part without tokens, where there are fewer than four, is the mean over all.
+    Where the tokens but the first, or with it, make a square, the parts are those of the square; else they are consecutive
+    tokens. Without a mask B is 1. A part without tokens is the mean over all.
     """
-    present = tokens.new_ones(1, tokens.shape[1]) if mask is None else mask.to(tokens)  # (B, N)
-    count = present.sum(1, keepdim=True).clamp_min(1)
-    part = ((present.cumsum(1) - 1).clamp_min(0) * BANDS / count).long()  # (B, N), which part a token belongs to
-    bands = torch.stack([present * (part == number) for number in range(BANDS)], dim=1)  # (B, bands, N)
-    size = bands.sum(2, keepdim=True)
-    whole = (present / count)[:, None]
-    return whole, torch.where(size > 0, bands / size.clamp_min(1), whole)
+    count = tokens.shape[1]
+    present = tokens.new_ones(1, count) if mask is None else mask.to(tokens)  # (B, N)
+    without_first = torch.cat([torch.zeros_like(present[:, :1]), present[:, 1:]], dim=1) if count > 1 else present
+    special = next((number for number in (1, 0) if math.isqrt(count - number) ** 2 == count - number), None)
+    if mask is None and special is not None and count > 1:
+        side = math.isqrt(count - special)
+        half = torch.arange(side, device=tokens.device) * PARTS // side
+        part = torch.cat([half.new_full((special,), -1), (half[:, None] * PARTS + half).flatten()])[None]  # (1, N)
+    else:
+        part = ((present.cumsum(1) - 1).clamp_min(0) * PARTS**2 / present.sum(1, keepdim=True).clamp_min(1)).long()
+    parts = torch.stack([present * (part == number) for number in range(PARTS**2)], dim=1)  # (B, 4, N)
+    whole, others = (row / row.sum(1, keepdim=True).clamp_min(1) for row in (present, without_first))
+    others = torch.where(others.any(1, keepdim=True), others, whole)
+    size = parts.sum(2, keepdim=True)
+    return whole[:, None], others[:, None], torch.where(size > 0, parts / size.clamp_min(1), whole[:, None])

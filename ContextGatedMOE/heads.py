@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ContextGatedMOE.gate import ClassMap, moved
+from ContextGatedMOE.gate import ClassMap, keep_dtype
 from ContextGatedMOE.passes import Evidence
 from ContextGatedMOE.routing import Router, as_tokens, current_pass
 
-HEAD_NUMBERS = ("router_scale", "expert_scale", "class_share")
+HEAD_NUMBERS = ("router_scale", "class_share", "expert_scale", "expert_prior")  # what validation images choose
+HEAD_GATE = "head_gate"  # the name of the gate that sees what reaches the head, as a submodule of it
 TINY = torch.finfo(torch.float32).tiny  # in place of 0 in logarithms: a weight of 0 still gives a finite loss
 
 
@@ -19,33 +20,40 @@ class JointHead(nn.Module):
 
     For expert e and its class c, normalised over all:
 
-        log p(e, c | x) = r * log g_e + log softmax(s * (W_e h + b_e))_c + w * log (what the gates say of class c)
+        log p(e, c | x) = r log g_e + a_e + log softmax(s_e (W_e h + b_e))_c + w log (what the gates say of class c)
 
-    The three numbers `router_scale` r, `expert_scale` s and `class_share` w are fitted (`ContextGatedMOE.fitting.calibrate`);
-    where the experts' weights are fixed, r and s are 1 and w is 0. All experts' heads are asked, also where an image uses the
-    adapters of a few only. weight: (sum of C_e, D) and bias (sum of C_e,) hold the
-    experts' heads one after the other. columns: for each of these classes, the output that it adds to; classes declared to be
-    the same share one. `base` is the head the base model had.
+    The numbers `router_scale` r, `class_share` w and, for every expert, `expert_scale` s_e and `expert_prior` a_e are fitted
+    (`ContextGatedMOE.fitting.calibrate`); where the experts' weights are fixed, r and s are 1 and the others 0. All experts'
+    heads are asked, also where an image uses the adapters of a few only. An expert without a head of its own answers with what
+    the gates say of its classes. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one after the other;
+    headless: numbers of the experts that have none, whose rows are 0. columns: for each of these classes, the output that it
+    adds to; classes declared to be the same share one. `base` is the head the base model had. A gate may stand before the head,
+    as a submodule, which sees what reaches it.
     """
 
-    def __init__(
-        self, base: nn.Linear, weight: Tensor, bias: Tensor, sizes: list[int], columns: list[int], name: str, router: Router
-    ):
+    def __init__(self, base: nn.Linear, weight: Tensor, bias: Tensor, sizes: list[int], columns: list[int], name: str,
+                 router: Router, headless: list[int] = ()):
         super().__init__()
         self.base = base
         self.expert_weight = nn.Parameter(weight, requires_grad=False)
         self.expert_bias = nn.Parameter(bias, requires_grad=False)
         self.classes = ClassMap(sizes)
-        self.router_scale = nn.Parameter(torch.tensor(1.0))
-        self.expert_scale = nn.Parameter(torch.tensor(1.0))
-        self.class_share = nn.Parameter(torch.tensor(0.5))
+        fixed = {"dtype": torch.float32}
+        self.router_scale = nn.Parameter(torch.ones((), **fixed))
+        self.class_share = nn.Parameter(torch.full((), 0.5, **fixed))
+        self.expert_scale = nn.Parameter(torch.ones(len(sizes), **fixed))
+        self.expert_prior = nn.Parameter(torch.zeros(len(sizes), **fixed))
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
+        self.register_buffer("no_head", torch.isin(self.classes.owner, torch.tensor(list(headless), dtype=torch.long)),
+                             persistent=False)  # (sum of C_e,)
         self.outputs = max(columns, default=-1) + 1
         self.name, self.router = name, router
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "JointHead":
-        """Conversions, but the head's three numbers stay in fp32, as the gates do."""
-        return super()._apply(lambda tensor: fn(tensor) if tensor.ndim else moved(tensor, fn), recurse)
+        """Conversions, but the head's numbers stay in fp32, as the gates do."""
+        kept = [getattr(self, name) for name in HEAD_NUMBERS]
+        return super()._apply(lambda tensor: keep_dtype(tensor, fn) if any(tensor is own for own in kept) else fn(tensor),
+                              recurse)
 
     @property
     def weight(self) -> Tensor:
@@ -59,33 +67,48 @@ class JointHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, D) or (B, N, D). Returns log-probabilities (B, outputs) or (B, N, outputs) in fp32."""
         current = current_pass(self.name)
-        if current.settings.plain:
+        settings, gate = current.settings, getattr(self, HEAD_GATE, None)
+        asked = settings.fixed is None and settings.evidence is None and not settings.plain
+        scores = None
+        if gate is not None and x.ndim == 2 and (settings.features is not None or asked):
+            features = gate.features(x[:, None].to(gate.score.weight.device))
+            settings.note_features(self.name, features)
+            scores = gate(features) if asked else None  # (B, C)
+        if settings.plain:
             return self.base(x)
-        evidence = current.latest(x.shape[0], self.name)
+        evidence = settings.evidence or current.latest(x.shape[0], self.name)
+        if scores is not None:
+            if settings.scores is not None:
+                settings.scores[self.name] = scores
+            classes = evidence.classes.to(scores.device) + gate.coefficient * scores
+            evidence = Evidence(classes, evidence.weights, evidence.top_k)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.expert_weight.to(x.dtype), self.expert_bias.to(x.dtype)).float()
-            if current.settings.scores is not None:
-                current.settings.scores[self.name] = logits
-            router, known = self._router(evidence)
-            own = self.own(logits, 1.0 if evidence.classes is None else self.expert_scale)
-            if x.ndim == 3:
-                router, known = router[:, None], known[:, None]
-            joint = (own + router[..., self.classes.owner] + known).log_softmax(-1)
-            return self._merged(joint)
+            if settings.head is not None:
+                settings.head.update(logits=logits, evidence=evidence)
+            return self.joint(logits, evidence)
 
-    def own(self, logits: Tensor, scale: Tensor | float) -> Tensor:
-        """Log-probabilities (..., sum of C_e) that each expert gives its own classes."""
-        return torch.cat([part.log_softmax(-1) for part in (scale * logits).split(self.classes.sizes, dim=-1)], dim=-1)
+    def joint(self, logits: Tensor, evidence: Evidence) -> Tensor:
+        """Log-probabilities (..., outputs) from the logits (..., sum of C_e) of the experts' heads and what the gates say."""
+        device, classes = logits.device, evidence.classes
+        if classes is None:  # the weights are the caller's
+            own = self.own(logits, None, torch.ones_like(self.expert_scale))
+            added = evidence.weights.to(device).clamp_min(TINY).log()[:, self.classes.owner]
+        else:
+            classes = classes.to(device)
+            own = self.own(logits, classes, self.expert_scale)
+            router = (self.router_scale * self.classes.expert_log_probs(classes) + self.expert_prior).log_softmax(-1)
+            added = router[:, self.classes.owner] + self.class_share * self.classes.class_log_probs(classes)
+        added = added[:, None] if logits.ndim == 3 else added
+        return self._merged((own + added).log_softmax(-1))
 
-    def _router(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        """Log-weights of the experts (B, E) and what the gates add for each class (B, C)."""
-        device = self.expert_weight.device
-        weights, classes = evidence.weights.to(device), evidence.classes
-        if classes is None:
-            return weights.clamp_min(TINY).log(), weights.new_zeros(weights.shape[0], len(self.columns))
-        classes = classes.to(device)
-        router = (self.router_scale * self.classes.experts(classes)).log_softmax(-1)
-        return router, self.class_share * self.classes.classes(classes)
+    def own(self, logits: Tensor, classes: Tensor | None, scale: Tensor) -> Tensor:
+        """Log-probabilities (..., sum of C_e) of each expert's own classes, by its head or, where it has none, by the evidence
+        (B, sum of C_e) of the gates. scale: (E,), of each expert's logits."""
+        logits = logits * scale[self.classes.owner]
+        if classes is not None:
+            logits = torch.where(self.no_head, classes[:, None] if logits.ndim == 3 else classes, logits)
+        return torch.cat([part.log_softmax(-1) for part in logits.split(self.classes.sizes, dim=-1)], dim=-1)
 
     def _merged(self, joint: Tensor) -> Tensor:
         """Add up the probabilities of classes that are the same."""

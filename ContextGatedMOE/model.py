@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE import building, experts, fitting
 from ContextGatedMOE.adapters import Expert, MixtureError, at_least_one, check_together
 from ContextGatedMOE.exporting import Exporting
 from ContextGatedMOE.forward import Forward, Prediction
-from ContextGatedMOE.gate import Gate
+from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
 from ContextGatedMOE.reading import read_expert, read_experts
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving
-from ContextGatedMOE.statistics import Statistics
+from ContextGatedMOE.statistics import SHRINKAGE, Statistics
 from ContextGatedMOE.training import train_gates
 
 GATE_HIDDEN = 128
@@ -47,10 +48,12 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
     forward = Forward()
 
     def __init__(self, base_model: nn.Module, adapters: Sequence[Expert], classes: Mapping[str, Sequence[str]] | None = None, *,
-                 same: Sequence[Sequence[tuple[str, str]]] = (), gate_hidden: int = GATE_HIDDEN, top_k: int | None = None):
+                 same: Sequence[Sequence[tuple[str, str]]] = (), gate_hidden: int = GATE_HIDDEN, top_k: int | None = None,
+                 passes: int = 1, gates: Sequence[str] | None = None):
         """Replace layers of `base_model` in place. Raises MixtureError, and leaves it as it was, if the experts do not fit.
 
-        adapters: experts that `read_expert` has read. The rest is as for `from_adapters`.
+        adapters: experts that `read_expert` has read. gates: names of the blocks or layers before which gates stand, where
+        that has been chosen. The rest is as for `from_adapters`.
         """
         super().__init__()
         self.gate_hidden = at_least_one("gate_hidden", gate_hidden)
@@ -62,6 +65,10 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         self.top_k = top_k
         self.same = [[(expert, name) for expert, name in group] for group in same]
         self.refuse_below: float | None = None
+        self.passes = passes
+        self.fitted_passes: int | None = None  # what the statistics are of
+        self.chosen_gates = None if gates is None else set(gates)  # None: wherever gates may stand
+        self.shrinkage = SHRINKAGE
         self.statistics: dict[str, dict[str, Statistics]] = {}
         self.plain_config = getattr(base_model, "config", None)
         self.trained_before = {name for name, parameter in base_model.named_parameters() if parameter.requires_grad}
@@ -77,25 +84,31 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
     def from_adapters(
         cls,
         base_model: nn.Module,
-        adapters: Mapping[str, str | Path],
+        adapters: Mapping[str, str | Path | None],
         classes: Mapping[str, Sequence[str]] | None = None,
         *,
         same: Sequence[Sequence[tuple[str, str]]] = (),
         gate_hidden: int = GATE_HIDDEN,
         top_k: int | None = None,
+        passes: int = 1,
     ) -> "ContextGatedMOE":
         """Build a mixture of peft LoRA adapters.
 
         base_model: the model the adapters were trained on; its adapted layers are replaced in place. adapters: expert name ->
-        adapter folder or Hub name. An empty mapping gives the base model itself. classes: expert name -> names of its
+        adapter folder or Hub name, or None for an expert that has images and classes only: its answer is what the gates know of
+        its classes. An empty mapping gives the base model itself. classes: expert name -> names of its
         classes, in the order of its head's outputs; the answer is then one of all of them. Without, heads of one label space
         are mixed. same: groups of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a
-        gate's first layer. top_k: how many experts an image uses (all if None).
+        gate's first layer. top_k: how many experts an image uses (all if None). passes: 2 lets the plain base model find the
+        experts at all depths first, and then the likeliest answer in a second pass.
 
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
         """
-        return cls(base_model, read_experts(base_model, adapters), classes, same=same, gate_hidden=gate_hidden, top_k=top_k)
+        stored = read_experts(base_model, {name: adapter for name, adapter in adapters.items() if adapter is not None})
+        without = [Expert(name) for name, adapter in adapters.items() if adapter is None]
+        return cls(base_model, [*stored, *without], classes, same=same, gate_hidden=gate_hidden, top_k=top_k,
+                   passes=passes)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass: arguments and result are the base model's own; labels, where it takes them, are output numbers.
@@ -104,8 +117,21 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         """
         settings = self.__dict__.get("replica_settings")
         if settings is None:
-            return self.base_model(*args, **kwargs)
+            return self._passes(*args, **kwargs)
         with self.router.using(fixed=settings.fixed, plain=settings.plain, body=settings.body):
+            return self._passes(*args, **kwargs)
+
+    def _passes(self, *args: Any, **kwargs: Any) -> Any:
+        settings = self.router.settings
+        if self.passes == 1 or settings.plain or settings.fixed is not None or settings.body is not None:
+            return self.base_model(*args, **kwargs)
+        found: dict[str, Any] = {}
+        nothing = torch.zeros(len(self.expert_names))
+        with self.router.using(body=nothing, record=None, head=found):
+            self.base_model(*args, **kwargs)
+        evidence = found["evidence"]
+        chosen = replace(evidence, weights=select(evidence.weights, self.top_k or 1, self.training), top_k=self.top_k or 1)
+        with self.router.using(evidence=chosen, features=None, scores=None):
             return self.base_model(*args, **kwargs)
 
     # `transformers.Trainer` asks the class, before any base model is known, whether it takes labels.
@@ -225,7 +251,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
             output = self(*args, **kwargs)
         gates = self.gates()
         near = [gates[name].familiarity(values) for name, values in features.items() if gates[name].knows_classes]
-        familiarity = torch.stack(near).mean(0).amax(-1) if near else None
+        familiarity = F.softsign(torch.stack(near).mean(0)) if near else None
         return Prediction(output if isinstance(output, Tensor) else output.logits, record, familiarity)
 
     # ---- gates ----
@@ -255,27 +281,33 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
     # ---- experts ----
 
-    def add_expert(self, name: str, adapter: str | Path | Expert, *, classes: Sequence[str] | None = None,
+    def add_expert(self, name: str, adapter: str | Path | Expert | None, *, classes: Sequence[str] | None = None,
                    images: fitting.Batches | None = None) -> None:
         """Add one peft LoRA adapter, with images of its own alone: the gates of all experts follow from their statistics.
 
-        adapter: folder, Hub name, or what `read_expert` has read. classes: the names of its classes, where the mixture knows
+        adapter: folder, Hub name, or what `read_expert` has read; None for an expert without one, to which an adapter may be
+        added later under the same name. classes: the names of its classes, where the mixture knows
         those of the others. images: as in `fit_gates`; needed where the gates have been fitted. Where they have, what training
         has added to them is lost; else the other experts' gates stay as they are. Raises MixtureError and leaves the mixture as
         it was if the name is taken, the adapter cannot be mixed, or there are no images.
         """
-        if name in self.expert_names:
+        attached = adapter is not None and name in self.without_adapter
+        if name in self.expert_names and not attached:
             raise MixtureError(f"there is an expert called {name!r} already")
+        if attached and classes is None:
+            classes = self.classes[name]
         if self.expert_names and (classes is None) != (self.classes is None):
             raise MixtureError(f"expert {name!r} needs classes=[...], as the other experts have" if classes is None else
                                f"expert {name!r} has classes, which the other experts have not")
         if images is None and self.statistics:
             raise MixtureError(f"expert {name!r} needs images=...: without any of its own the gates cannot find it")
-        new = replace(adapter, name=name) if isinstance(adapter, Expert) else read_expert(self.base_model, name, adapter)
+        new = (Expert(name) if adapter is None else replace(adapter, name=name) if isinstance(adapter, Expert) else
+               read_expert(self.base_model, name, adapter))
         every = None if classes is None else {**(self.classes or {}), name: list(classes)}
-        chosen = [*experts.experts_of(self), new]
+        chosen = [*(expert for expert in experts.experts_of(self) if expert.name != name), new]
         check_together(chosen, self.base_model, every)
-        experts.rebuild(self, chosen, every, self.same, self.statistics, {name: images} if images is not None else {})
+        experts.rebuild(self, chosen, every, self.same, {key: value for key, value in self.statistics.items() if key != name},
+                        {name: images} if images is not None else {})
 
     def remove_expert(self, name: str) -> None:
         """Remove an expert; the gates of the others follow from their statistics, or stay as they are where these are unknown.
@@ -292,7 +324,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
     def unload(self) -> nn.Module:
         """The base model as it was; the mixture is of no use afterwards."""
-        building.take_out(self.base_model, self.router)
+        building.uninstall(self.base_model, self.router)
         for name, parameter in self.base_model.named_parameters():
             parameter.requires_grad_(name in self.trained_before)
         building.set_config(self.base_model, self.plain_config)

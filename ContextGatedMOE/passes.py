@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ContextGatedMOE.adapters import MixtureError
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from ContextGatedMOE.routing import Router
 
 
-class Enough(Exception):
+class StopPass(Exception):
     """Ends a pass of which no more is wanted."""
 
 
@@ -20,19 +21,32 @@ class Settings:
     """What a caller asks of the passes in its `with` block.
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
-    body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. until: a pass ends, by raising
-    `Enough`, when it has recorded the features or the scores of so many gates, or None.
-    record: filled with {layer name: (B, E)} unless None. features: filled with {layer name: (B, K)}, what the gates see, unless
-    None. scores: filled with {layer name: (B, C)}, what the gates say of the classes, and the head's parts, unless None.
+    body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. evidence: what an earlier pass
+    over the same inputs has found, by which the experts are weighed in place of the gates, or None. from_start: fixed weights
+    count from the block on where the experts begin, as in passes that ask the gates. until: a pass ends, by raising
+    `StopPass`, when it has recorded the features of so many gates, or None.
+    record: filled with {layer name: (B, E)} unless None. features: filled with {gate name: (B, K)}, what the gates see, unless
+    None. scores: filled with {gate name: (B, C)}, what the gates say of the classes, unless None. head: filled with "logits",
+    (B, C) of the experts' own heads, and "evidence", all that the gates have said, unless None.
     """
 
     fixed: Tensor | None = None
     plain: bool = False
     body: Tensor | None = None
+    evidence: "Evidence | None" = None
+    from_start: bool = False
     until: int | None = None
     record: dict[str, Tensor] | None = None
     features: dict[str, Tensor] | None = None
-    scores: dict[str, Any] | None = None
+    scores: dict[str, Tensor] | None = None
+    head: dict[str, Any] | None = None
+
+    def note_features(self, gate: str, features: Tensor) -> None:
+        """Record what a gate sees (B, K), if that is asked for; end the pass if no more is."""
+        if self.features is not None:
+            self.features[gate] = features
+            if len(self.features) == self.until:
+                raise StopPass
 
 
 @dataclass(frozen=True)
@@ -40,13 +54,14 @@ class Unit:
     """A block, or an adapted layer outside of any block: what the experts are weighed for.
 
     chain: units of one chain carry the evidence on from one to the next; first: the chain begins here; last: none of its gates
-    comes after this unit.
+    comes after this unit. place: the number of a block in the only list of blocks, None elsewhere.
     """
 
     name: str
     chain: str
     first: bool
     last: bool
+    place: int | None
 
 
 @dataclass
@@ -57,6 +72,10 @@ class Evidence:
     classes: Tensor | None
     weights: Tensor
     top_k: int | None
+
+    def to(self, device: torch.device) -> "Evidence":
+        """The same on a device."""
+        return Evidence(None if self.classes is None else self.classes.to(device), self.weights.to(device), self.top_k)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.passes import Enough, Evidence, Pass, Settings, Unit, Weights
+from ContextGatedMOE.passes import Evidence, Pass, Settings, StopPass, Unit, Weights
 
 GATE = "context_gate"  # the name of a gate as a submodule of the block before which it stands
 
@@ -42,6 +42,7 @@ class Router:
 
     def __init__(self, is_encoder_decoder: bool):
         self.is_encoder_decoder = is_encoder_decoder
+        self.start = 0  # the number of the block from which on the experts are used; the gates before it see the plain model
         self.top_k: int | None = None
         self.early_top_k: int | None = None
 
@@ -112,37 +113,39 @@ class Router:
                 f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
                 "the batch as the first dimension"
             )
-        scores, gate = None, getattr(module, GATE, None)
-        if gate is not None and (settings.features is not None or not (settings.plain or settings.fixed is not None)):
+        gate, asked = getattr(module, GATE, None), settings.fixed is None and settings.evidence is None and not settings.plain
+        scores = None
+        if gate is not None and (settings.features is not None or asked):
             tokens = as_tokens(x).to(gate.score.weight.device)
             features = gate.features(tokens, self._mask(current, unit, tokens.shape[1], masked))
-            if settings.features is not None:
-                settings.features[unit.name] = features
-                if len(settings.features) == settings.until:
-                    raise Enough
-            scores = None if settings.plain else gate(features)  # (B, C)
+            settings.note_features(unit.name, features)
+            scores = gate(features) if asked else None  # (B, C)
         if settings.plain:
             return None, None
+        before_start = unit.place is not None and unit.place < self.start
         if settings.fixed is not None:
             evidence = Evidence(None, settings.fixed.to(x.device).expand(batch, -1), None)
+            before_start = before_start and settings.from_start
+        elif settings.evidence is not None:
+            evidence, before_start = settings.evidence.to(x.device), False
+        elif scores is None and before is None and unit.place is not None:
+            return None, None  # no gate has seen the images yet
         elif scores is None:
             evidence = before or current.latest(batch, unit.name)
         else:
             if settings.scores is not None:
                 settings.scores[unit.name] = scores
-                if len(settings.scores) == settings.until:
-                    raise Enough
             total = gate.coefficient * scores
             total = total if before is None else before.classes.to(total.device) + total
             top_k = self.top_k if unit.last or self.top_k is None else max(self.top_k, self.early_top_k or 1)
             evidence = Evidence(total, gate.classes.weights(total, top_k, module.training), top_k)
         current.evidence.pop(unit.chain, None)
         current.evidence[unit.chain] = evidence
-        if settings.record is not None:
+        if settings.record is not None and (settings.body is not None or not before_start):
             settings.record[unit.name] = evidence.weights
         if settings.body is not None:
             return settings.body.to(x.device).expand(batch, -1), None
-        return evidence.weights, evidence.top_k
+        return (None, None) if before_start else (evidence.weights, evidence.top_k)
 
     def _mask(self, current: Pass, unit: Unit, tokens: int, masked: bool) -> Tensor | None:
         """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ContextGatedMOE import building, hub, identity
 from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.heads import HEAD_GATE
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.statistics import Statistics
 
@@ -21,8 +22,8 @@ CONFIG_FILE = "cgm_config.json"
 WEIGHTS_FILE = "cgm_model.safetensors"
 STATISTICS_FILE = "cgm_statistics.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, STATISTICS_FILE)
-FORMAT = 2
-NOT_ITS_OWN = ("base.", f"{building.GATE}.")  # tensors inside a layer that belong to the base or to its gate
+FORMAT = 3
+NOT_ITS_OWN = ("base.", f"{building.GATE}.", f"{HEAD_GATE}.")  # tensors inside a layer that belong to the base or to its gate
 # What a configuration holds, and of what type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "base_model": (str, type(None)),
@@ -38,6 +39,12 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "early_top_k": (int, type(None)),
     "refuse_below": (float, type(None)),
     "ranks": dict,
+    "passes": int,
+    "fitted_passes": (int, type(None)),
+    "start": int,
+    "gates": list,
+    "shrinkage": float,
+    "without_adapter": list,
     "heads": list,
     "weights_sha256": str,
     "statistics_sha256": (str, type(None)),
@@ -85,6 +92,12 @@ class Saving:
             "refuse_below": None if self.refuse_below is None else float(self.refuse_below),
             "ranks": {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)},
             "heads": heads,
+            "passes": self.passes,
+            "fitted_passes": self.fitted_passes,
+            "start": self.router.start,
+            "gates": list(self.gates()),
+            "shrinkage": self.shrinkage,
+            "without_adapter": self.without_adapter,
             "weights_sha256": _file_digest(folder / f"{WEIGHTS_FILE}.part"),
             "statistics_sha256": _file_digest(folder / f"{STATISTICS_FILE}.part") if sums else None,
         }
@@ -134,11 +147,15 @@ class Saving:
         model = None
         try:
             sizes = [len(config["classes"][name]) if config["classes"] else 1 for name in config["experts"]]
-            experts = building.cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors)
+            experts = building.cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors,
+                                           config["without_adapter"])
             same = [[(expert, name) for expert, name in group] for group in config["same"]]
             model = cls(
-                base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"]
+                base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"],
+                passes=config["passes"], gates=config["gates"],
             )
+            model.router.start, model.fitted_passes = config["start"], config["fitted_passes"]
+            model.shrinkage = config["shrinkage"]
             model.early_top_k = config["early_top_k"]
             _load_parts(model, tensors)
             model.statistics = _cut_statistics(sums)
@@ -216,7 +233,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MixtureError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise MixtureError(f"{folder / CONFIG_FILE} is not of format {FORMAT}; make the mixture anew from its adapters")
-    config.setdefault("early_top_k", None)  # earlier versions have none
     for name, kind in FIELDS.items():
         if name not in config or not isinstance(config[name], kind) or isinstance(config[name], bool):
             raise MixtureError(f"{folder / CONFIG_FILE} has no sensible {name!r}")

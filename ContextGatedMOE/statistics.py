@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINKAGE = 0.1  # of the correlations towards none; see the table of what was tried in the README
+SHRINKAGE = 0.1  # of the correlations towards none, where no validation images have chosen it
+ENOUGH_FREEDOM = 100.0  # images beyond the number of classes at which an expert counts half as much as with endless ones
 TOO_FLAT = 1e-6  # a feature whose deviation is below this share of the largest tells nothing
 
 
 @dataclass
 class Statistics:
-    """Sums over one expert's images, of the features that a gate sees in the plain base model.
+    """Sums over one expert's images, of the features that a gate sees of them.
 
     counts: (C,) images of each class. means: (C, K) mean features of each class. scatter: (K * (K + 1) / 2,) sum of the
     products of features, each less its class's mean; the matrix is symmetric, so this is its upper half. All on the CPU.
@@ -24,7 +25,7 @@ class Statistics:
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, classes: int) -> "Statistics":
         """Of features (N, K) with labels (N,), positions in the expert's classes."""
-        features, labels = features.double().cpu(), labels.cpu()
+        features, labels = features.cpu().double(), labels.cpu()  # not every device has fp64
         counts = torch.bincount(labels, minlength=classes).double()
         sums = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, labels, features)
         means = sums / counts.clamp_min(1)[:, None]
@@ -60,10 +61,11 @@ def symmetric(half: Tensor, size: int) -> Tensor:
 
 @dataclass
 class Discriminant:
-    """Linear discriminants of the classes of all experts, and the directions in which the classes differ.
+    """Linear discriminants of the classes of all experts, and the space in which the classes differ.
 
     weight (C, K), bias (C,): scores of the classes, log-likelihoods up to what they share. axes (R, K), origin (R,): features
-    to whitened coordinates in the space of the classes' means. centres (R, C): the means there, of length one.
+    to whitened coordinates in the space of the classes' means, as seen from the middle of the classes. centres (R, C): the
+    means there. precision (R, R): the inverse covariance of images of any class there.
     """
 
     weight: Tensor
@@ -71,16 +73,22 @@ class Discriminant:
     axes: Tensor
     origin: Tensor
     centres: Tensor
+    precision: Tensor
 
 
 def discriminant(experts: list[Statistics], shrinkage: float = SHRINKAGE) -> Discriminant:
-    """The discriminants of all experts' classes, with one covariance for all in which every expert weighs alike.
+    """The discriminants of all experts' classes, with one covariance for all.
 
-    The correlations are shrunk (Friedman 1989, regularised discriminant analysis, with the diagonal as target).
+    An expert counts by the degrees of freedom of its images, n - C, but hardly more than others once it has many. The
+    correlations are shrunk towards none (Friedman 1989, regularised discriminant analysis). A class's mean is shrunk towards
+    the middle of all classes by what its images cannot tell (James and Stein 1961): the mean of few images lies far off in
+    many directions, and without this such a class is hardly ever found.
     """
     means = torch.cat([expert.means for expert in experts]).double()  # (C, K)
-    half = sum(expert.scatter.double() / expert.counts.sum().clamp_min(1) for expert in experts) / len(experts)
-    covariance = symmetric(half, means.shape[1])
+    freedom = torch.stack([expert.counts.sum() - len(expert.counts) for expert in experts]).double().clamp_min(0)
+    share = 1 / (freedom + ENOUGH_FREEDOM)
+    half = sum(weight * expert.scatter.double() for weight, expert in zip(share, experts, strict=True))
+    covariance = symmetric(half / (share * freedom).sum().clamp_min(1e-6), means.shape[1])
     deviation = covariance.diagonal().sqrt()
     flat = deviation <= TOO_FLAT * deviation.max()
     scale = torch.where(flat, torch.inf, deviation)
@@ -89,16 +97,20 @@ def discriminant(experts: list[Statistics], shrinkage: float = SHRINKAGE) -> Dis
     shrunk.diagonal().fill_(1 + 1e-3)
     root = torch.linalg.cholesky(shrunk)
     whitened = torch.linalg.solve_triangular(root, (means / scale).T, upper=False).T  # (C, K)
-    weight = torch.linalg.solve_triangular(root.T, whitened.T, upper=True).T / scale
-    # The mean of n images is off by a covariance / n, which makes it seem further away: rare classes would lose.
-    counts = torch.cat([expert.counts for expert in experts]).double().clamp_min(1)
-    bias = (torch.cholesky_solve(correlation, root).trace() / counts - whitened.square().sum(1)) / 2
-    # Where the classes differ: the space of their means, each expert's centre weighing alike.
     centre = torch.stack([part.mean(0) for part in whitened.split([len(expert.means) for expert in experts])]).mean(0)
-    left, sizes, right = torch.linalg.svd(whitened - centre, full_matrices=False)
+    # The mean of n images is off by a covariance / n: its square is larger by this much than that of the true mean.
+    counts = torch.cat([expert.counts for expert in experts]).double().clamp_min(1)
+    excess = torch.cholesky_solve(correlation, root).trace() / counts
+    offsets = whitened - centre
+    between = (offsets.square().sum(1) - excess).median().clamp_min(1e-6)
+    offsets = offsets * (between / (between + excess))[:, None]
+    shifted = centre + offsets
+    weight = torch.linalg.solve_triangular(root.T, shifted.T, upper=True).T / scale
+    left, sizes, right = torch.linalg.svd(offsets, full_matrices=False)
     kept = sizes > 1e-6 * sizes.max().clamp_min(1e-12)
     directions = right[kept]  # (R, K)
     axes = torch.linalg.solve_triangular(root.T, directions.T, upper=True).T / scale
     centres = (left * sizes)[:, kept].T  # (R, C)
+    total = torch.eye(len(directions), dtype=centres.dtype) + centres @ centres.T / len(means)
     return Discriminant(*(tensor.float() for tensor in (
-        weight, bias, axes, directions @ centre, centres / centres.norm(dim=0).clamp_min(1e-12))))
+        weight, -shifted.square().sum(1) / 2, axes, directions @ centre, centres, torch.linalg.inv(total))))

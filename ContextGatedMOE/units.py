@@ -1,4 +1,4 @@
-"""Which parts of a base model the experts are weighed for, and where a gate stands."""
+"""Which parts of a base model the experts are weighed for, and where gates may stand."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,19 +9,19 @@ from torch import nn
 from ContextGatedMOE.adapters import MixtureError
 from ContextGatedMOE.passes import Unit
 
-GATED_BLOCKS = 3  # the first blocks of a model have a gate before them: nearly all that can be known is known early
+DEPTHS = 6  # gates stand before at most so many of the blocks of a list, evenly spaced; validation images choose among them
 
 
 def find_units(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -> list[tuple[Unit, bool]]:
-    """What the experts are weighed for, in the model's order, and whether a gate stands before it.
+    """What the experts are weighed for, in the model's order, and whether a gate may stand before it.
 
-    A block is an element of the outermost `nn.ModuleList` around an adapted layer. The first blocks of each list have gates,
-    adapted or not; later ones share what these have found. A layer outside of any block has a gate of its own, unless all
-    blocks are in one list and come before it: then it shares theirs, as heads do. Where there is nothing else, the head has the
-    gate.
+    A block is an element of the outermost `nn.ModuleList` around an adapted layer; where no layer is adapted, of the list that
+    holds the most parameters. Gates may stand before evenly spaced blocks of each list, adapted or not; other blocks share what
+    these have found. A layer outside of any block has a gate of its own, unless all blocks are in one list and come before it:
+    then it shares theirs, as heads do. Where there is nothing else, the head has the gate.
     """
     modules = dict(model.named_modules())
-    lists: dict[str, set[str]] = {}
+    lists: set[str] = set()
     loose = []
     for layer in sorted(adapted):
         parts = layer.split(".")
@@ -30,20 +30,40 @@ def find_units(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -
         if block is None:
             loose.append(layer)
         else:
-            lists.setdefault(block.rpartition(".")[0], set()).add(block)
-    gated = {f"{name}.{number}" for name in lists for number in range(min(GATED_BLOCKS, len(modules[name])))}
-    names = {*loose, *gated, *(block for blocks in lists.values() for block in blocks)}
-    if not names:
-        names = set(list(heads)[:1])
+            lists.add(block.rpartition(".")[0])
+    if not lists and not loose:
+        lists = largest_list(modules)
+    numbers = {f"{name}.{number}": number for name in lists for number in range(len(modules[name]))}
+    gated = {f"{name}.{number}" for name in lists for number in depths(len(modules[name]))}
+    names = {*loose, *numbers} or set(list(heads)[:1])
     units, begun = [], set()
     for name in [name for name in modules if name in names]:
         parent = name.rpartition(".")[0]
         chain = "" if len(lists) < 2 else parent if parent in lists else name
         has_gate = name in gated or (parent not in lists and (not lists or not begun & gated or len(lists) > 1))
-        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units), True), has_gate))
+        place = numbers.get(name) if len(lists) == 1 else None
+        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units), True, place), has_gate))
         begun.add(name)
-    return [(replace(unit, last=not any(gate and after.chain == unit.chain for after, gate in units[number + 1 :])), has_gate)
-            for number, (unit, has_gate) in enumerate(units)]
+    return units
+
+
+def depths(blocks: int) -> list[int]:
+    """The numbers of the blocks before which gates may stand: all of few, else the first and others evenly spaced."""
+    return sorted({round(number * blocks / DEPTHS) for number in range(DEPTHS)}) if blocks > DEPTHS else list(range(blocks))
+
+
+def largest_list(modules: dict[str, nn.Module]) -> set[str]:
+    """The name of the outermost `nn.ModuleList` with the most parameters; empty if there is none."""
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()
+             if isinstance(module, nn.ModuleList) and len(module)}
+    return {max(sizes, key=lambda name: (sizes[name], -len(name)))} if sizes else set()
+
+
+def with_gates(units: Iterable[tuple[Unit, bool]], chosen: set[str] | None) -> list[tuple[Unit, bool]]:
+    """The same units with the chosen gates only (all if None), each of which knows whether a gate of its chain comes later."""
+    units = [(unit, gate and (chosen is None or unit.name in chosen)) for unit, gate in units]
+    return [(replace(unit, last=not any(gate and after.chain == unit.chain for after, gate in units[number + 1 :])), gate)
+            for number, (unit, gate) in enumerate(units)]
 
 
 def model_width(module: nn.Module) -> int:

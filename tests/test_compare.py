@@ -131,7 +131,7 @@ def test_two_processes_with_uneven_batches_compare_as_one(warm_process, compared
     place = compared.copy(tmp_path / "root")
     shutil.rmtree(place.results / "CGM_Lora")
     few = {"common.comparison.methods.SHOWN": {"ties": "TIES"}, "common.comparison.passes.EVALUATION_BATCH": 3,
-           "common.training.evaluate.EVALUATION_BATCH": 3, "common.comparison.mixture.EVALUATION_BATCH": 3}
+           "common.training.evaluate.EVALUATION_BATCH": 3, "common.mixture.EVALUATION_BATCH": 3}
     done = warm_process.run("CGM_Lora.py", *place.flags("CGM_Lora", "--epochs", "0", "--compare"), processes=2, constants=few)
     assert (done.status, done.errors) == (0, "") and done.output.count("The comparison is in") == 1
     assert done.output.count("so it is its start") == 1

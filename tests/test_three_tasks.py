@@ -10,7 +10,7 @@ from mixture_models import assert_close
 from pipeline import files_in, hashes
 from safetensors.torch import load_file
 
-from common.comparison import mixture as steps
+from common import mixture as steps
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.tasks import read_tasks

@@ -1,17 +1,19 @@
 """The settings of every script: one dataclass per script over shared groups of flags, which refuses what makes no sense."""
 
+import dataclasses
 import os
 import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from common.errors import UserError
 from common.files import is_unicode
 from common.tasks import Task, own_tasks
 
 DEMO_BACKBONE = Path(__file__).parents[1] / "demo" / "backbone"
+DOCUMENTED_IMAGES = 2400  # for training, of each task of the documented experiment
 HIGHEST = 2**32 - 1  # of any number: what every generator of random numbers takes as a seed
 
 
@@ -76,13 +78,18 @@ class TrainingFlags(HardwareFlags):
 
     _argument_group_name: ClassVar[str] = "training"
     demo_defaults: ClassVar[dict[str, Any]] = {"accumulation_steps": 1, "augment": True}
-    epochs: int = option(25, "passes over the training images")
+    epochs: int | None = option(None, "passes over the training images; by default 25 where there are 2,400 or more, as in the "
+                                      "documented experiment, down to 10 where there are 1,200 or fewer")
     batch_size: int = option(16, "images that are computed at once")
-    accumulation_steps: int = option(4, "batches that make up one optimizer step")
+    accumulation_steps: int | None = option(
+        None, "batches that make up one optimizer step; by default 4 where there are 2,400 training images or more, 2 from "
+              "1,200 on, 1 below")
     learning_rate: float = option(2e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW; 0 is plain Adam")
     warmup_epochs: float = option(1.0, "epochs of linear warm-up")
-    augment: bool = option(False, "mirror training images at random and shift them by up to an eighth; not for base models")
+    augment: bool | None = option(
+        None, "mirror training images at random and shift them by up to an eighth; by default where there are fewer than 2,400 "
+              "of them. Say no where a mirrored image is of another class")
     checkpoint_every_steps: int = option(
         0, "optimizer steps between checkpoints, from which the same command goes on; 0 is one at the end of every epoch"
     )
@@ -92,6 +99,17 @@ class TrainingFlags(HardwareFlags):
     gradient_checkpointing: bool = option(
         False, "compute each block's activations again in the backward pass instead of keeping them: less memory, more time"
     )
+
+    def for_images(self, count: int) -> Self:
+        """The same settings, with those that nobody has chosen as they follow from the number of training images.
+
+        From 2,400 images on they are those of the documented experiment. Few images are seen in small steps, as there would be
+        too few of these, and mirrored and shifted, as an adapter soon knows them by heart.
+        """
+        share = min(max(count / DOCUMENTED_IMAGES, 0.5), 1.0)
+        follows = {"epochs": round(25 - 30 * (1 - share)), "accumulation_steps": 4 if share == 1 else 2 if share > 0.5 else 1,
+                   "augment": share < 1}
+        return dataclasses.replace(self, **{name: value for name, value in follows.items() if getattr(self, name) is None})
 
 
 @dataclass
@@ -189,8 +207,10 @@ class PreparationConfig(SourceFlags, RunFlags):
 class BaseModelConfig(TrainingFlags, RunFlags):
     """Settings of Generate_Base_Model.py."""
 
-    epochs: int = option(10, "passes over the training images' features")
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-3}
+    epochs: int = option(10, "penalties from strong to weak for which the head is fitted, the best by validation is taken; with "
+                             "--learning_rate, passes over the training images' features")
+    learning_rate: float | None = option(
+        None, "train the head by AdamW at this rate (2e-4 in the documented experiment) instead of fitting it to the end")
 
 
 @dataclass

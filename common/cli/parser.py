@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import os
 import shlex
+from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from common.cli.flags import RunFlags
@@ -78,14 +79,16 @@ def _shown(value: Any) -> str:
 
 
 def _how_to_read(kind: Any) -> dict[str, Any]:
-    """What argparse needs to know of a field's type."""
+    """What argparse needs to know of a field's type; of an optional one, the type itself counts."""
+    if get_origin(kind) is UnionType:
+        kind = get_args(kind)[0]
     if kind is bool:
         return {"nargs": "?", "const": True, "type": _boolean, "metavar": "yes|no"}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     if get_origin(kind) is list:
         return {"nargs": "+", "action": "extend", "type": get_args(kind)[0]}
-    return {"type": next(iter(get_args(kind)), kind)}  # of an optional one, the type itself
+    return {"type": kind}
 
 
 def _boolean(text: str) -> bool:

@@ -14,7 +14,7 @@ from common import models
 from common.cli.flags import MixtureConfig
 from common.comparison import methods, router
 from common.comparison.answers import Mix, Space, fitted_mix
-from common.comparison.mixture import build, fit_start, train_gates
+from common.mixture import build, fit_start, train_gates
 from common.comparison.passes import collect
 from common.comparison.score import MIXTURE, ORACLE, Comparison
 from common.data.tensors import ImageSet, TaskData, together

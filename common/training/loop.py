@@ -57,7 +57,7 @@ def fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: Trainin
     was never interrupted. With it, Ctrl-C and SIGTERM wait for the current step, save and raise KeyboardInterrupt, whose
     text says where.
     """
-    device = device_of(config)
+    config, device = config.for_images(len(train)), device_of(config)
     model.to(device)
     backbone = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if config.gradient_checkpointing and backbone is not None:  # reentrant, it would need inputs that have gradients

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BeitForImageClassification
 
-from common.comparison.mixture import EARLY_AT_ONCE
+from common.mixture import EARLY_AT_ONCE
 from common.errors import UserError
 from common.results.memory import PeakMemory
 from ContextGatedMOE import ContextGatedMOE

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from common import models
 from common.cli.flags import MixtureConfig
 from common.cli.parser import parse
-from common.comparison.mixture import EARLY_AT_ONCE, Batches
+from common.mixture import EARLY_AT_ONCE, Batches
 from common.data.tensors import ImageSet
 from common.training.evaluate import EVALUATION_BATCH
 from ContextGatedMOE import ContextGatedMOE
