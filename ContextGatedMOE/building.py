@@ -216,6 +216,7 @@ def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_pl
             if before is not None and gate.feature_count == before.feature_count:
                 gate.copy_first_layer(before)
                 gate.coefficient.copy_(before.coefficient)
+                gate.class_coefficient.copy_(before.class_coefficient)
                 gate.score.weight[rows] = before.score.weight[old_rows]
                 gate.score.bias[rows] = before.score.bias[old_rows]
         heads = [old.joint_head, new.joint_head]

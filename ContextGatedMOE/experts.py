@@ -134,10 +134,10 @@ def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> None
     for shrinkage in calibration.SHRINKAGES:
         model.shrinkage = shrinkage
         solve(model)
-        losses[shrinkage] = calibration.fit_numbers(model, seen, with_head=False)
+        losses[shrinkage] = calibration.fit_numbers(model, seen)
     model.shrinkage = min(losses, key=losses.get)
     solve(model)
-    calibration.fit_numbers(model, seen, with_head=False)
+    calibration.fit_numbers(model, seen)
     seen = fitting.see(model, validation)
     calibration.fit_numbers(model, seen)
     worth = calibration.gates_worth_keeping(model, seen)

@@ -109,7 +109,8 @@ class Gate(InFloat32):
         self.score = nn.Linear(kept + hidden, sum(sizes), **fixed)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
-        self.coefficient = nn.Parameter(torch.tensor(START, **fixed))
+        self.coefficient = nn.Parameter(torch.tensor(START, **fixed))  # of the scores, for which expert it is
+        self.class_coefficient = nn.Parameter(torch.tensor(START, **fixed))  # of the scores, for which class of an expert
         directions = min(sum(sizes), self.feature_count)  # as many as there may be; those that are not used are zero
         for name, shape in (("axes", (directions, self.feature_count)), ("origin", (directions,)),
                             ("centres", (directions, sum(sizes))), ("precision", (directions, directions))):
@@ -141,7 +142,7 @@ class Gate(InFloat32):
         return pooled.new_zeros(len(pooled), kept).index_add(1, self.bucket, pooled * self.sign)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Scores (B, C) of all classes from features (B, K), before they are weighed by `coefficient`."""
+        """Scores (B, C) of all classes from features (B, K), before they are weighed."""
         with torch.autocast(features.device.type, enabled=False):
             return self.score(features)
 

@@ -10,7 +10,7 @@ from ContextGatedMOE.gate import ClassMap, keep_dtype
 from ContextGatedMOE.passes import Evidence
 from ContextGatedMOE.routing import Router, as_tokens, current_pass
 
-HEAD_NUMBERS = ("router_scale", "class_share", "expert_scale", "expert_prior")  # what validation images choose
+HEAD_NUMBERS = ("expert_scale", "expert_prior")  # what validation images choose, for every expert
 HEAD_GATE = "head_gate"  # the name of the gate that sees what reaches the head, as a submodule of it
 TINY = torch.finfo(torch.float32).tiny  # in place of 0 in logarithms: a weight of 0 still gives a finite loss
 
@@ -20,12 +20,12 @@ class JointHead(nn.Module):
 
     For expert e and its class c, normalised over all:
 
-        log p(e, c | x) = r log g_e + a_e + log softmax(s_e (W_e h + b_e))_c + w log (what the gates say of class c)
+        log p(e, c | x) = log g_e + a_e + log softmax(s_e (W_e h + b_e) + what the gates say of e's classes)_c
 
-    The numbers `router_scale` r, `class_share` w and, for every expert, `expert_scale` s_e and `expert_prior` a_e are fitted
-    (`ContextGatedMOE.fitting.calibrate`); where the experts' weights are fixed, r and s are 1 and the others 0. All experts'
-    heads are asked, also where an image uses the adapters of a few only. An expert without a head of its own answers with what
-    the gates say of its classes. weight: (sum of C_e, D) and bias (sum of C_e,) hold the experts' heads one after the other;
+    The numbers `expert_scale` s_e and `expert_prior` a_e are fitted (`ContextGatedMOE.calibration`); where the experts' weights
+    are fixed, s is 1, a is 0 and the gates say nothing. All experts' heads are asked, also where an image uses the adapters of
+    a few only. An expert without a head of its own answers with what the gates say. weight: (sum of C_e, D) and bias
+    (sum of C_e,) hold the experts' heads one after the other;
     headless: numbers of the experts that have none, whose rows are 0. columns: for each of these classes, the output that it
     adds to; classes declared to be the same share one. `base` is the head the base model had. A gate may stand before the head,
     as a submodule, which sees what reaches it.
@@ -39,8 +39,6 @@ class JointHead(nn.Module):
         self.expert_bias = nn.Parameter(bias, requires_grad=False)
         self.classes = ClassMap(sizes)
         fixed = {"dtype": torch.float32}
-        self.router_scale = nn.Parameter(torch.ones((), **fixed))
-        self.class_share = nn.Parameter(torch.full((), 0.5, **fixed))
         self.expert_scale = nn.Parameter(torch.ones(len(sizes), **fixed))
         self.expert_prior = nn.Parameter(torch.zeros(len(sizes), **fixed))
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
@@ -80,8 +78,7 @@ class JointHead(nn.Module):
         if scores is not None:
             if settings.scores is not None:
                 settings.scores[self.name] = scores
-            classes = evidence.classes.to(scores.device) + gate.coefficient * scores
-            evidence = Evidence(classes, evidence.weights, evidence.top_k)
+            evidence = evidence.with_scores(scores, gate)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.expert_weight.to(x.dtype), self.expert_bias.to(x.dtype)).float()
             if settings.head is not None:
@@ -90,24 +87,21 @@ class JointHead(nn.Module):
 
     def joint(self, logits: Tensor, evidence: Evidence) -> Tensor:
         """Log-probabilities (..., outputs) from the logits (..., sum of C_e) of the experts' heads and what the gates say."""
-        device, classes = logits.device, evidence.classes
-        if classes is None:  # the weights are the caller's
-            own = self.own(logits, None, torch.ones_like(self.expert_scale))
-            added = evidence.weights.to(device).clamp_min(TINY).log()[:, self.classes.owner]
+        evidence, scale = evidence.to(logits.device), self.expert_scale
+        if evidence.classes is None:  # the weights are the caller's
+            router, scale = evidence.weights.clamp_min(TINY).log(), torch.ones_like(scale)
         else:
-            classes = classes.to(device)
-            own = self.own(logits, classes, self.expert_scale)
-            router = (self.router_scale * self.classes.expert_log_probs(classes) + self.expert_prior).log_softmax(-1)
-            added = router[:, self.classes.owner] + self.class_share * self.classes.class_log_probs(classes)
-        added = added[:, None] if logits.ndim == 3 else added
-        return self._merged((own + added).log_softmax(-1))
+            router = (self.classes.expert_log_probs(evidence.experts) + self.expert_prior).log_softmax(-1)
+        router = router[:, None] if logits.ndim == 3 else router
+        joint = self.own(logits, evidence.classes, scale) + router[..., self.classes.owner]
+        return self._merged(joint.log_softmax(-1))
 
     def own(self, logits: Tensor, classes: Tensor | None, scale: Tensor) -> Tensor:
-        """Log-probabilities (..., sum of C_e) of each expert's own classes, by its head or, where it has none, by the evidence
-        (B, sum of C_e) of the gates. scale: (E,), of each expert's logits."""
+        """Log-probabilities (..., sum of C_e) of each expert's own classes, by its head and what the gates say (B, sum of C_e).
+        scale: (E,), of each expert's logits."""
         logits = logits * scale[self.classes.owner]
         if classes is not None:
-            logits = torch.where(self.no_head, classes[:, None] if logits.ndim == 3 else classes, logits)
+            logits = logits + (classes[:, None] if logits.ndim == 3 else classes)
         return torch.cat([part.log_softmax(-1) for part in logits.split(self.classes.sizes, dim=-1)], dim=-1)
 
     def _merged(self, joint: Tensor) -> Tensor:

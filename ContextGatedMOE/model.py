@@ -201,6 +201,15 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         """The gates by the name of the block or layer before which they stand, in the model's order."""
         return building.gates(self.base_model)
 
+    def steering_gates(self) -> list[str]:
+        """The names of the gates by which experts are weighed: those from the last one on that sees the plain model."""
+        if self.passes == 2:
+            return []
+        units = building.units_of(self.base_model)
+        gated = [unit for unit, gate in units.items() if gate is not None]
+        plain = [unit.name for unit in gated if unit.place is not None and unit.place <= self.router.start]
+        return [unit.name for unit in gated if unit.name not in plain[:-1]]
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, in fp32: those of the gates and, where there is one, the head's three numbers."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -9,6 +9,7 @@ from torch import Tensor
 from ContextGatedMOE.adapters import MixtureError
 
 if TYPE_CHECKING:
+    from ContextGatedMOE.gate import Gate
     from ContextGatedMOE.routing import Router
 
 
@@ -66,16 +67,27 @@ class Unit:
 
 @dataclass
 class Evidence:
-    """What the gates of a chain have said so far of the classes (B, C), None where the weights are fixed, and the experts'
-    weights (B, E) that follow. top_k: at most so many of them are above zero; None for all."""
+    """What the gates of a chain have said so far: of the experts, by scores of the classes (B, C), and of the classes within
+    each expert (B, C), both None where the weights are fixed; and the experts' weights (B, E) that follow. top_k: at most so
+    many of them are above zero; None for all."""
 
+    experts: Tensor | None
     classes: Tensor | None
     weights: Tensor
     top_k: int | None
 
     def to(self, device: torch.device) -> "Evidence":
         """The same on a device."""
-        return Evidence(None if self.classes is None else self.classes.to(device), self.weights.to(device), self.top_k)
+        moved = (None if value is None else value.to(device) for value in (self.experts, self.classes, self.weights))
+        return Evidence(*moved, self.top_k)
+
+    def with_scores(self, scores: Tensor, gate: "Gate") -> "Evidence":
+        """With what one more gate says of the classes, scores (B, C); the weights stay."""
+        if self.classes is None:
+            return Evidence(gate.coefficient * scores, gate.class_coefficient * scores, self.weights, self.top_k)
+        before = self.to(scores.device)
+        return Evidence(before.experts + gate.coefficient * scores, before.classes + gate.class_coefficient * scores,
+                        before.weights, self.top_k)
 
 
 @dataclass

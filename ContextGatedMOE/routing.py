@@ -124,7 +124,7 @@ class Router:
             return None, None
         before_start = unit.place is not None and unit.place < self.start
         if settings.fixed is not None:
-            evidence = Evidence(None, settings.fixed.to(x.device).expand(batch, -1), None)
+            evidence = Evidence(None, None, settings.fixed.to(x.device).expand(batch, -1), None)
             before_start = before_start and settings.from_start
         elif settings.evidence is not None:
             evidence, before_start = settings.evidence.to(x.device), False
@@ -135,10 +135,9 @@ class Router:
         else:
             if settings.scores is not None:
                 settings.scores[unit.name] = scores
-            total = gate.coefficient * scores
-            total = total if before is None else before.classes.to(total.device) + total
+            evidence = (before or Evidence(None, None, scores, None)).with_scores(scores, gate)
             top_k = self.top_k if unit.last or self.top_k is None else max(self.top_k, self.early_top_k or 1)
-            evidence = Evidence(total, gate.classes.weights(total, top_k, module.training), top_k)
+            evidence = replace(evidence, weights=gate.classes.weights(evidence.experts, top_k, module.training), top_k=top_k)
         current.evidence.pop(unit.chain, None)
         current.evidence[unit.chain] = evidence
         if settings.record is not None and (settings.body is not None or not before_start):
