@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import Expert, MixtureError, StoredExpert, check_fit, refuse_packed
+from ContextGatedMOE.renaming import in_todays_names
 
 # Initialisations that only choose the first A and B. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the
 # base weights, so that two such adapters do not share one base.
@@ -77,7 +78,7 @@ def _read(
     # Only training knows of these: how A and B began, and VeLoRA's compressed activations. What is left is plain LoRA.
     config.init_lora_weights, config.velora_config = True, None
     try:
-        stored = load_peft_weights(str(adapter), device="cpu", **hub)
+        config, stored = in_todays_names(name, base_model, config, load_peft_weights(str(adapter), device="cpu", **hub))
         kind = _kind(config, stored)
         if kind in layouts:
             return layouts[kind].expert(name, stored)
@@ -85,9 +86,8 @@ def _read(
         _fit_heads(base, stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
-            model = PeftModel.from_pretrained(
-                base, adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True, **hub
-            )
+            model = get_peft_model(base, config, adapter_name="expert", low_cpu_mem_usage=True)
+            set_peft_model_state_dict(model, stored, adapter_name="expert", low_cpu_mem_usage=True)
         expert = _collect(name, model.get_base_model())
         adapted = sum(".lora_A." in key for key in stored)
         if adapted != len(expert.updates):  # peft passes over tensors that have no place in the base

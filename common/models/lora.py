@@ -16,8 +16,6 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from common.cli.flags import RunFlags
 from common.data.tensors import TaskData
@@ -26,8 +24,8 @@ from common.models.backbones import backbone_fingerprint, load_backbone
 from common.provenance import tensor_fingerprint
 from common.tasks import Task
 from common.training.blocks import HEAD, lora_targets
-
-PEFT_PREFIX = "base_model.model."
+from ContextGatedMOE import MixtureError
+from ContextGatedMOE.renaming import PREFIX, in_todays_names
 
 
 class LoraLinear(Linear):
@@ -111,15 +109,13 @@ def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     """
     model = load_backbone(config.model, data.classes, config.seed)
     _check_base(config, data, adapter, backbone_fingerprint(model))
-    renamings = [part for part in get_model_conversion_mapping(model) if isinstance(part, WeightRenaming)]
-    tensors, old_names = {}, {}
-    for key, tensor in adapter.tensors.items():
-        old = key.removeprefix(PEFT_PREFIX)
-        new = rename_source_key(old, renamings, [])[0]
-        tensors[PEFT_PREFIX + new], old_names[new.partition(".lora_")[0]] = tensor, old.partition(".lora_")[0]
-    ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PEFT_PREFIX}{HEAD}.weight")
+    try:
+        settings, tensors = in_todays_names(data.task.key, model, adapter.config, adapter.tensors)
+    except MixtureError as error:
+        raise UserError(f"{adapter.place}: {error}; give the --model it was trained on") from error
+    ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PREFIX}{HEAD}.weight")
     for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        name, _, part = key.removeprefix(PREFIX).partition(".lora_")
         layer = layers.get(name)
         if part in ("A.weight", "B.weight"):
             fits = isinstance(layer, nn.Linear) and tensor.shape[part == "A.weight"] == layer.weight.shape[part == "A.weight"]
@@ -127,14 +123,14 @@ def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
         else:
             fits = name.rpartition(".")[0] == HEAD
         if not fits:
-            raise UserError(f"{adapter.place} does not fit --model {config.model}: {key.removeprefix(PEFT_PREFIX)} is of no "
+            raise UserError(f"{adapter.place} does not fit --model {config.model}: {key.removeprefix(PREFIX)} is of no "
                             "linear layer there, or of one of another size; give the --model it was trained on")
     if head is None or len(head) != len(data.classes):
         has = "no head of its own" if head is None else f"a head for {len(head)} classes"
         raise UserError(f"{adapter.place} has {has}, where the task has {len(data.classes)} classes; train it with "
                         f"modules_to_save=['{HEAD}'] on the task's classes")
-    alphas = {new: adapter.config.alpha_pattern.get(get_pattern_key(adapter.config.alpha_pattern, old_names[new]),
-                                                    adapter.config.lora_alpha) for new in ranks}
+    alphas = {layer: settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, layer), settings.lora_alpha)
+              for layer in ranks}
     adopted = get_peft_model(model, LoraConfig(
         r=adapter.config.r, lora_alpha=adapter.config.lora_alpha, use_rslora=adapter.config.use_rslora, rank_pattern=ranks,
         alpha_pattern=alphas, target_modules=list(ranks), modules_to_save=[HEAD]))
