@@ -73,7 +73,7 @@ def load_base(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any
     if not name or not hasattr(kind, "from_pretrained"):
         raise MixtureError(f"{folder} was made on a {config['base_class']} that cannot be loaded by name; pass base_model=...")
     try:
-        with _quiet():
+        with quiet():
             return kind.from_pretrained(name, **{"dtype": config["base_dtype"], **options})
     except Exception as error:  # transformers raises many kinds for what is missing or does not fit
         reason = " ".join(str(error).split())[:300]
@@ -81,8 +81,8 @@ def load_base(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No table of head weights that are new, which is as it should be here, and no progress bar."""
+def quiet() -> Iterator[None]:
+    """No table of head weights that are new, which is as it should be in a base of experts, and no progress bar."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

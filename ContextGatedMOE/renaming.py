@@ -1,4 +1,4 @@
-"""Names of an adapter's layers: as transformers 4 called them, or with what torch.compile and data parallelism put before them."""
+"""Names of an adapter's layers: as transformers 4 called them, or with what torch.compile and data parallelism add."""
 
 import copy
 from collections.abc import Mapping

@@ -4,27 +4,24 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HTTPError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear
-from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.cli.flags import RunFlags
 from common.data.tensors import TaskData
 from common.errors import UserError
-from common.models.backbones import backbone_fingerprint, load_backbone
+from common.models.backbones import load_backbone
 from common.provenance import tensor_fingerprint
 from common.tasks import Task
 from common.training.blocks import HEAD, lora_targets
 from ContextGatedMOE import MixtureError
+from ContextGatedMOE.finished import check_base, check_options, read_finished
 from ContextGatedMOE.renaming import PREFIX, in_todays_names
 
 
@@ -88,16 +85,14 @@ def read_adapter(name: str, source: str) -> Adapter:
     if on_hub and not Path(source).exists():
         where, hub = on_hub[1], {key: on_hub[i] for key, i in (("revision", 2), ("subfolder", 3)) if on_hub[i]}
     try:
-        config = PeftConfig.from_pretrained(where, **hub)
-        tensors = load_peft_weights(where, device="cpu", **hub)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, HTTPError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{place}: there is no peft adapter that can be read ({reason}); check the name and the network, or "
-                        "give a folder with adapter_config.json and adapter_model.safetensors") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{place} is a {config.peft_type} adapter; only LoRA adapters can be experts")
-    if config.use_dora or config.bias != "none" or config.lora_bias:
-        raise UserError(f"{place} has DoRA or biases; only low-rank updates of weights can be mixed: train it without")
+        config, tensors = read_finished(name, where, **hub)
+    except MixtureError as error:
+        raise UserError(f"{place}: {error}; check the name and the network, or give a folder with adapter_config.json and "
+                        "adapter_model.safetensors") from error
+    try:
+        check_options(name, config)
+    except MixtureError as error:
+        raise UserError(f"{place}: {error}") from error
     return Adapter(place, config, tensors)
 
 
@@ -108,11 +103,12 @@ def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     if it was trained on another backbone, has other layers than linear ones of this, or no head for the task's classes.
     """
     model = load_backbone(config.model, data.classes, config.seed)
-    _check_base(config, data, adapter, backbone_fingerprint(model))
     try:
         settings, tensors = in_todays_names(data.task.key, model, adapter.config, adapter.tensors)
+        if note := check_base(data.task.key, settings, tensors, model):
+            print(note)
     except MixtureError as error:
-        raise UserError(f"{adapter.place}: {error}; give the --model it was trained on") from error
+        raise UserError(f"{adapter.place}: {error} (--model)") from error
     ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PREFIX}{HEAD}.weight")
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(PREFIX).partition(".lora_")
@@ -137,16 +133,3 @@ def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     adopted.peft_config["default"].target_modules = list(ranks)  # a set would be written in another order every time
     set_peft_model_state_dict(adopted, tensors)
     return adopted
-
-
-def _check_base(config: RunFlags, data: TaskData, adapter: Adapter, backbone: str) -> None:
-    """Raise UserError if an adapter says that it was trained on another backbone: one of another name or of other weights."""
-    stated = adapter.config.base_model_name_or_path
-    if not stated or stated == config.model:
-        return
-    if Path(stated).is_dir():
-        same = backbone_fingerprint(load_backbone(stated, data.classes, config.seed)) == backbone
-    else:
-        same = Path(stated).name == Path(config.model).name
-    if not same:
-        raise UserError(f"{adapter.place} was trained on {stated}, not on {config.model}; give --model {stated}")
