@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-
-class MixtureError(ValueError):
-    """An adapter, a folder or a request that cannot become an exact mixture; the message is one sentence."""
+from ContextGatedMOE.errors import MixtureError
+from ContextGatedMOE.labels import check_order
 
 
 def at_least_one(name: str, value: int | None) -> int | None:
@@ -25,11 +24,13 @@ class Expert:
 
     updates: layer -> (A (rank, d_in), B (d_out, rank)), with the adapter's scaling already in B.
     heads: layer -> (weight (d_out, d_in), bias (d_out,) or None), the layers the adapter replaces (`modules_to_save`).
+    stated: the names of its classes in the order of its head's outputs, where the adapter or its model says so (`id2label`).
     """
 
     name: str
     updates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     heads: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    stated: list[str] | None = None
 
     def copy_update(self, layer: str, down: Tensor, up: Tensor) -> None:
         """Copy the update of `layer` into tensors of the shapes of A and B."""
@@ -66,6 +67,7 @@ class StoredExpert(Expert):
             self.name,
             {layer: (down.clone(), scaled(up, self.scaling[layer]).clone()) for layer, (down, up) in self.updates.items()},
             {layer: (weight.clone(), None if bias is None else bias.clone()) for layer, (weight, bias) in self.heads.items()},
+            self.stated,
         )
 
 
@@ -148,8 +150,7 @@ def check_together(experts: Sequence[Expert], base_model: nn.Module, classes: Ma
             )
     for expert in experts:
         own = list(classes[expert.name])
-        if isinstance(classes[expert.name], str) or len(set(own)) < max(1, len(own)):
-            raise MixtureError(f"expert {expert.name!r} needs one or more different classes, not {', '.join(own) or 'none'}")
+        check_order(expert.name, expert.stated, own)
         for layer, (weight, _) in expert.heads.items():
             if len(weight) != len(own):
                 raise MixtureError(

@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ContextGatedMOE import identity
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
+from ContextGatedMOE.labels import from_id2label
 from ContextGatedMOE.renaming import PREFIX
 
 # Initialisations that only choose the first A and B. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the
@@ -42,6 +43,21 @@ def read_finished(name: str, place: str | Path, **hub: Any) -> tuple[LoraConfig,
         raise MixtureError(f"expert '{name}' is a {config.peft_type} adapter; only LoRA adapters can be mixed")
     config.inference_mode = True
     return config, tensors
+
+
+def stated_classes(name: str, config: LoraConfig, place: str | Path, **hub: Any) -> list[str] | None:
+    """The names of an adapter's classes in the order of its head's outputs, as an `id2label` beside it or of its base says.
+
+    Of another number or without names they are given as they are: whoever knows the classes looks whether these are they.
+    None if there is no such file; the base's is looked for here only, that of an adapter on the Hub there.
+    """
+    for where, options in ((place, hub), (config.base_model_name_or_path, {"local_files_only": True})):
+        try:
+            id2label = PreTrainedConfig.get_config_dict(where, **options)[0]["id2label"]
+            return [str(label) for label in from_id2label(name, id2label)]
+        except Exception:  # transformers raises many kinds for what is not there; a file without names says nothing
+            continue
+    return None
 
 
 def check_options(name: str, config: LoraConfig) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import Expert, MixtureError, StoredExpert, check_fit, refuse_packed
-from ContextGatedMOE.finished import check_base, check_options, read_finished
+from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
 from ContextGatedMOE.renaming import in_todays_names
 
 # Options of an adapter that say nothing of its layers.
@@ -30,12 +30,13 @@ class _Layout:
     updates: dict[str, tuple[str, str, float]]
     heads: dict[str, tuple[str, str | None]]
 
-    def expert(self, name: str, stored: Mapping[str, Tensor]) -> StoredExpert:
-        """The expert with these tensors."""
+    def expert(self, name: str, stored: Mapping[str, Tensor], stated: list[str] | None) -> StoredExpert:
+        """The expert with these tensors. stated: its classes, see `Expert`."""
         return StoredExpert(
             name,
             {layer: (stored[down], stored[up]) for layer, (down, up, _) in self.updates.items()},
             {layer: (stored[weight], None if bias is None else stored[bias]) for layer, (weight, bias) in self.heads.items()},
+            stated,
             {layer: scaling for layer, (_, _, scaling) in self.updates.items()},
         )
 
@@ -74,6 +75,7 @@ def _read(
     refuse_packed(base_model)
     config, stored = read_finished(name, adapter, **hub)
     check_options(name, config)
+    stated = stated_classes(name, config, adapter, **hub)
     # Only training knows of these: how A and B began, and VeLoRA's compressed activations. What is left is plain LoRA.
     config.init_lora_weights, config.velora_config = True, None
     try:
@@ -81,14 +83,14 @@ def _read(
         _check_base(name, config, stored, base_model, checked)
         kind = _kind(config, stored)
         if kind in layouts:
-            return layouts[kind].expert(name, stored)
+            return layouts[kind].expert(name, stored, stated)
         base = skeleton(base_model)
         _fit_heads(base, stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
             model = get_peft_model(base, config, adapter_name="expert", low_cpu_mem_usage=True)
             set_peft_model_state_dict(model, stored, adapter_name="expert", low_cpu_mem_usage=True)
-        expert = _collect(name, model.get_base_model())
+        expert = collect(name, model, "expert", stated)
         adapted = sum(".lora_A." in key for key in stored)
         if adapted != len(expert.updates):  # peft passes over tensors that have no place in the base
             raise MixtureError(f"expert '{name}' adapts {adapted} layers, of which the base model has {len(expert.updates)}")
@@ -96,7 +98,7 @@ def _read(
         layout = _layout(expert, stored)
         if layout is not None:
             layouts[kind] = layout
-            return layout.expert(name, stored)
+            return layout.expert(name, stored, stated)
         return expert
     except MixtureError:
         raise
@@ -170,16 +172,19 @@ def _fit_heads(model: nn.Module, stored: dict[str, Tensor]) -> None:
             model.set_submodule(layer, head)
 
 
-def _collect(name: str, model: nn.Module) -> StoredExpert:
-    """Copy the tensors of the adapter called "expert" out of a model that carries it."""
-    expert = StoredExpert(name)
-    for layer, module in model.named_modules():
+def collect(name: str, model: PeftModel, adapter: str, stated: list[str] | None = None) -> StoredExpert:
+    """Copy the tensors of the adapter that a peft model calls `adapter` out of it. stated: its classes, see `Expert`.
+
+    Raises MixtureError if it is more than low-rank updates of linear layers and linear heads, or a tensor is missing.
+    """
+    expert = StoredExpert(name, stated=stated)
+    for layer, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            _refuse_module(name, layer, module)
-            down, up = (_loaded(name, layer, part["expert"].weight) for part in (module.lora_A, module.lora_B))
-            expert.updates[layer], expert.scaling[layer] = (down, up), module.scaling["expert"]
+            _refuse_module(name, layer, module, adapter)
+            down, up = (_loaded(name, layer, part[adapter].weight) for part in (module.lora_A, module.lora_B))
+            expert.updates[layer], expert.scaling[layer] = (down, up), module.scaling[adapter]
         elif isinstance(module, ModulesToSaveWrapper):
-            head = module.modules_to_save["expert"]
+            head = module.modules_to_save[adapter]
             if type(head) is not nn.Linear:
                 raise MixtureError(
                     f"expert '{name}' replaces '{layer}', a {type(head).__name__}; only heads that are nn.Linear can be mixed"
@@ -198,10 +203,10 @@ def _loaded(name: str, layer: str, tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _refuse_module(name: str, layer: str, module: LoraLayer) -> None:
+def _refuse_module(name: str, layer: str, module: LoraLayer, adapter: str) -> None:
     base = module.get_base_layer()
     if not isinstance(module, LoraLinear) or not isinstance(base, nn.Linear):
         raise MixtureError(f"expert '{name}' adapts '{layer}', a {type(base).__name__}; only nn.Linear can be mixed")
-    if "expert" in module.lora_variant:
-        variant = type(module.lora_variant["expert"]).__name__
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__
         raise MixtureError(f"expert '{name}' uses the LoRA variant {variant} at '{layer}', which does not mix linearly")

@@ -7,29 +7,38 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from mixture_models import BEIT, assert_close, logits, refused
+from peft import LoraConfig, PeftModel, get_peft_model
+from pipeline import IMAGE_SIZE, ON_CPU
 from transformers import BeitForImageClassification
 
+from common.cli.flags import SCRIPTS
+from common.cli.parser import parse
+from common.data.tensors import ImageSet
 from common.errors import UserError
 from common.models import load_backbone, lora
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 CLASSES = list("abcd")
+NUMBERS = ["1", "2", "10", "11"]  # as this project sorts them; by characters it is 1, 10, 11, 2
+IMAGES = ImageSet(torch.randn(64, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)),
+                  torch.arange(64) % 4)
 
 
-def adopted(model, folder):
-    """What `Lora_Finetune.py --expert` makes of an adapter."""
-    data = SimpleNamespace(classes=CLASSES, task=SimpleNamespace(key="one"))
-    lora.adopt(SimpleNamespace(model=model, seed=0), data, lora.read_adapter("one", str(folder)))
+def adopted(model, folder, classes=CLASSES, validation=None):
+    """What `Lora_Finetune.py --expert` and `CGM_Lora.py --add_expert` make of an adapter."""
+    data = SimpleNamespace(classes=classes, task=SimpleNamespace(key="one"), validation=validation or IMAGES)
+    config = parse(SCRIPTS["Lora_Finetune"], ["--model", model, *ON_CPU])
+    return lora.adopt(config, data, lora.read_adapter("one", str(folder)))
 
 
-# Whatever takes an adapter, given the name of a backbone; `CGM_Lora.py --add_expert` calls add_expert.
+# Whatever takes an adapter, given the name of a backbone.
 ENTRANCES = {
     "from_adapters": lambda model, folder: ContextGatedMOE.from_adapters(
         load_backbone(model, CLASSES, 0), {"one": folder}, {"one": CLASSES}),
     "add_expert": lambda model, folder: ContextGatedMOE(load_backbone(model, CLASSES, 0), []).add_expert(
         "one", folder, classes=CLASSES),
-    "--expert": adopted,
+    "--expert, --add_expert": adopted,
 }
 
 
@@ -37,8 +46,15 @@ ENTRANCES = {
 def adapter(backbone, tmp_path_factory):
     """An adapter of the tiny backbone."""
     folder = tmp_path_factory.mktemp("adapter")
-    get_peft_model(load_backbone(backbone, CLASSES, 0), LoraConfig(
-        r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])).save_pretrained(folder)
+    model = get_peft_model(load_backbone(backbone, CLASSES, 0), LoraConfig(
+        r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"]))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.0 if "bias" in name else 0.3)
+    bias = model.classifier.modules_to_save.default.bias
+    bias.data -= logits(model.eval(), {"pixel_values": IMAGES.inputs}).mean(0)  # so that every class is the answer at times
+    model.save_pretrained(folder)
     return folder
 
 
@@ -54,8 +70,8 @@ def changed(adapter, folder, **options):
 def test_adapters_that_are_more_than_low_rank_updates_of_the_base_are_refused(entrance, adapter, backbone, tmp_path):
     for number, (options, words) in enumerate((
         ({"init_lora_weights": "pissa_niter_4"}, "initialised by 'pissa_niter_4', which changes the base"),
-        ({"init_lora_weights": "olora"}, "initialised by 'olora'"), ({"init_lora_weights": "lora_ga"}, "initialised by 'lora_ga'"),
-        ({"init_lora_weights": "corda"}, "initialised by 'corda'"), ({"use_dora": True}, "uses DoRA"),
+        *(({"init_lora_weights": kind}, f"initialised by '{kind}'") for kind in ("olora", "lora_ga", "corda")),
+        ({"use_dora": True}, "uses DoRA"),
         ({"bias": "lora_only"}, "trains biases"), ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
     )):
         with pytest.raises((MixtureError, UserError), match=words):
@@ -78,3 +94,65 @@ def test_an_adapter_of_a_base_with_other_weights_is_refused(entrance, adapter, b
         ENTRANCES[entrance](backbone, changed(adapter, tmp_path / "of_unknown", base_model_name_or_path="nobody/nothing"))
     said = [str(one.message) for one in warned] or [capsys.readouterr().out]
     assert "trained on nobody/nothing, which is not here" in said[-1]
+
+
+# ---- classes ----
+
+
+def outputs(model, folder, images):
+    """The logits of an adapter by peft alone, in the order of its head."""
+    return logits(PeftModel.from_pretrained(load_backbone(model, CLASSES, 0), folder).eval(), {"pixel_values": images})
+
+
+def test_a_head_whose_classes_are_named_in_another_order_is_put_into_that_of_the_task(adapter, backbone, tmp_path, capsys):
+    """Or refused, where it is the caller who says the order: adapters that name their classes beside them or by their base."""
+    stated, of_base = changed(adapter, tmp_path / "stated"), tmp_path / "base"
+    for folder in (stated, of_base):
+        load_backbone(backbone, sorted(NUMBERS), 0).save_pretrained(folder)
+        if folder == stated:
+            (folder / "model.safetensors").unlink()
+    expected = outputs(backbone, adapter, IMAGES.inputs)[:, [0, 3, 1, 2]]
+    for folder in (stated, changed(adapter, tmp_path / "by_base", base_model_name_or_path=str(of_base))):
+        model = adopted(backbone, folder, NUMBERS)
+        assert "has the classes in the order 1, 10, 11, 2" in capsys.readouterr().out
+        assert_close(logits(model.eval(), {"pixel_values": IMAGES.inputs}), expected)
+        mixture = ContextGatedMOE.from_adapters(
+            load_backbone(backbone, NUMBERS, 0), {"one": folder}, {"one": sorted(NUMBERS)}).eval()
+        assert_close(logits(mixture, {"pixel_values": IMAGES.inputs})[:, [0, 3, 1, 2]], expected.log_softmax(1))
+        mixture.add_expert("two", lora.expert_of("two", model), classes=NUMBERS)
+        with mixture.fixed_gates({"two": 1}):
+            assert_close(logits(mixture, {"pixel_values": IMAGES.inputs})[:, 4:], expected.log_softmax(1))
+        with pytest.raises(MixtureError, match="in the order of its id2label: 1, 10, 11, 2"):
+            mixture.add_expert("three", folder, classes=NUMBERS)
+        with pytest.raises(MixtureError, match="in the order of its id2label: 1, 10, 11, 2"):
+            ContextGatedMOE.from_adapters(load_backbone(backbone, NUMBERS, 0), {"one": folder}, {"one": NUMBERS})
+
+
+def test_a_head_that_does_not_name_its_classes_is_tried_in_the_usual_orders(adapter, backbone, capsys):
+    as_it_is = outputs(backbone, adapter, IMAGES.inputs)
+    said = as_it_is.argmax(1)
+    assert len(set(said.tolist())) == 4
+    for labels, expected, words in (
+        (torch.tensor([0, 2, 3, 1])[said], [0, 3, 1, 2], "on 100% with the classes in the order 1, 10, 11, 2, which is taken"),
+        (said, [0, 1, 2, 3], ""), (torch.arange(64) % 4, [0, 1, 2, 3], "hardly more than by chance"),
+    ):
+        model = adopted(backbone, adapter, NUMBERS, ImageSet(IMAGES.inputs, labels))
+        printed = capsys.readouterr().out
+        assert words in printed and (words or not printed)
+        assert_close(logits(model.eval(), {"pixel_values": IMAGES.inputs}), as_it_is[:, expected])
+
+
+def test_classes_are_names_in_an_order():
+    """A list, or the id2label of a model; alike for a new mixture and for an expert that is added."""
+    named, (expert,) = {1: "y", 0: "x"}, BEIT.experts(["a"], [2])
+    for given in (["x", "y"], ("x", "y"), named, {"1": "y", "0": "x"}, iter(["x", "y"]), dict.fromkeys("xy").keys()):
+        assert ContextGatedMOE(BEIT.build(), [expert], {"a": given}).classes == {"a": ["x", "y"]}
+    for given, words in (({"x", "y"}, "a set, which has no order"), (frozenset("xy"), "a frozenset, which has no order"),
+                         ({"x": 0, "y": 1}, "no id2label"), ({1: "x", 2: "y"}, "numbers from 0 to 1"), ("xy", "not xy"),
+                         ([0, 1], "class 0, which is no name"), (["x", "x"], "different classes, not x, x")):
+        base = BEIT.build()
+        with refused(base, words):
+            ContextGatedMOE(base, [expert], {"a": given})
+        mixture = ContextGatedMOE(BEIT.build(), [])
+        with refused(mixture, words):
+            mixture.add_expert("a", expert, classes=given)

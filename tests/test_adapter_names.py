@@ -8,9 +8,12 @@ import torch
 from families import save_family
 from mixture_models import assert_close, logits
 from peft import LoraConfig, get_peft_model
-from pipeline import IMAGE_SIZE
+from pipeline import IMAGE_SIZE, ON_CPU
 from safetensors.torch import load_file, save_file
 
+from common.cli.flags import SCRIPTS
+from common.cli.parser import parse
+from common.data.tensors import ImageSet
 from common.models import load_backbone, lora
 from ContextGatedMOE import ContextGatedMOE, MixtureError, read_expert
 
@@ -96,9 +99,11 @@ def test_an_adapter_with_earlier_names_says_what_it_says_with_todays(family, tmp
         mixture.add_expert("two", folder, classes=CLASSES)
         with mixture.fixed_gates({"one": 0.5, "two": 0.5}):
             mixed = logits(mixture, inputs)
-        data = SimpleNamespace(classes=CLASSES, task=SimpleNamespace(key="one"))
-        adopted = lora.adopt(SimpleNamespace(model=backbone, seed=0), data, lora.read_adapter("one", str(folder))).eval()
-        said.append(torch.cat([mixed, logits(adopted, inputs)], 1))
+        data = SimpleNamespace(classes=CLASSES, task=SimpleNamespace(key="one"),
+                               validation=ImageSet(inputs["pixel_values"], torch.tensor([0, 1])))
+        config = parse(SCRIPTS["Lora_Finetune"], ["--model", backbone, *ON_CPU])
+        adopted = lora.adopt(config, data, lora.read_adapter("one", str(folder)))
+        said.append(torch.cat([mixed, logits(adopted.eval(), inputs)], 1))
     assert_close(said[1], said[0])
     assert_close(said[1][:, 8:].log_softmax(1) - torch.tensor(2).log(), said[1][:, :4])
 

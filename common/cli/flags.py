@@ -261,8 +261,8 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
         if self.compare and self.add_expert:
             raise UserError("--compare is of the mixture of the tasks' own experts; leave --add_expert out")
         for entry in self.add_expert:
-            if not re.fullmatch(r"\w+=.+", entry):
-                raise UserError(f"--add_expert takes NAME=FOLDER, the name of letters, digits and _, not {entry}")
+            if not re.fullmatch(r"[\w-]+=.+", entry):
+                raise UserError(f"--add_expert takes NAME=FOLDER, the name of letters, digits, _ and -, not {entry}")
         if len(self.added_experts()) < len(self.add_expert):
             raise UserError("--add_expert: two of the experts have one name")
 
