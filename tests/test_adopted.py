@@ -8,13 +8,14 @@ import pytest
 import torch
 from hub import folder_repo
 from peft import LoraConfig, PeftModel, get_peft_model
-from pipeline import tiny_beit
+from pipeline import hashes, tiny_beit
 from safetensors.torch import load_file, save_file
 from transformers import BeitForImageClassification
 
 import Lora_Finetune
 from common.cli.flags import SCRIPTS
 from common.cli.run import run
+from common.errors import UserError
 from common.models import load_backbone
 
 pytest_plugins = ["warm_process"]
@@ -101,6 +102,27 @@ def test_an_adapter_of_the_hub_has_a_revision_and_a_subfolder(place, backbone, t
     done = warm_process.run("Lora_Finetune.py", *flags)
     assert (done.status, done.errors) == (0, "")
     assert np.allclose(written(place), peft_says(place, tmp_path / "repo" / "inner"), atol=1e-5)
+
+
+def test_overwriting_an_expert_leaves_the_others(mutable, backbone, tmp_path, capsys, monkeypatch):
+    """As in the README's order: an adapter of one's own takes the place of a trained expert; also after a run that failed."""
+    flags = ["--expert", f"fire={make_adapter(tmp_path / 'fire', backbone, **KINDS['few'])}"]
+    results, before = mutable.results / "Lora_Finetune", hashes(mutable.results / "Lora_Finetune")
+    for more, words in (([], "add --overwrite to make those of fire anew"),
+                        (["--overwrite", "--lora_rank", "3"], r"lora_rank = \d+, not 3; leave --expert out to make all anew")):
+        with pytest.raises(UserError, match=words):
+            mutable.run("Lora_Finetune", *flags, *more)
+        assert hashes(results) == before
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr("common.models.lora.adopt", lambda *_: 1 / 0)
+        mutable.run("Lora_Finetune", *flags, "--overwrite")
+    for more in ([], ["--overwrite"], []):
+        mutable.run("Lora_Finetune", *flags, *more)
+    after = hashes(results)
+    changed = {name for name in before if after.get(name) != before[name]}
+    assert changed and all("fire" in name.lower() for name in changed - {"config.json"})
+    assert "Lora_Finetune is finished already" in capsys.readouterr().out
+    assert np.allclose(written(mutable), peft_says(mutable, tmp_path / "fire"), atol=1e-5)
 
 
 def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_backbone, tmp_path, monkeypatch, capsys):
