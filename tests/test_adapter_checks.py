@@ -3,6 +3,8 @@
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -156,3 +158,26 @@ def test_classes_are_names_in_an_order():
         mixture = ContextGatedMOE(BEIT.build(), [])
         with refused(mixture, words):
             mixture.add_expert("a", expert, classes=given)
+
+
+# ---- pictures ----
+
+
+def test_an_adapter_with_another_image_processor_is_refused(adapter, backbone, tmp_path):
+    """And what differs is named; settings that change nothing, or are written as transformers 4 did, are no difference."""
+    usual = json.loads((Path(backbone) / "preprocessor_config.json").read_text())
+    old = {"feature_extractor_type": "BeitFeatureExtractor", "size": IMAGE_SIZE, "resample": 2, "do_resize": True,
+           "do_normalize": True, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for number, (settings, words) in enumerate((
+        ({**usual, "image_mean": [0.485, 0.456, 0.406]}, "image_mean = 0.485, 0.456, 0.406, not 0.5, 0.5, 0.5"),
+        ({**usual, "image_std": [0.2] * 3}, "image_std = 0.2, 0.2, 0.2, not 0.5"),
+        ({**usual, "size": {"height": 48, "width": 48}}, "size = 48 x 48, not 32 x 32"),
+        ({**usual, "do_center_crop": True, "crop_size": {"height": 24, "width": 24}}, "do_center_crop = True, not False"),
+        ({**usual, "resample": 0}, "resample = 0, not 2"), ({**usual, "rescale_factor": 1}, "rescale_factor = 1, not 0.0039"),
+        ({**usual, "do_normalize": False}, "do_normalize = False, not True"), (usual, None), (old, None),
+        ({**usual, "crop_size": {"height": 9, "width": 9}}, None), ({**old, "size": 48}, "size = 48 x 48, not 32 x 32"),
+    )):
+        folder = changed(adapter, tmp_path / f"{number}")
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=words) if words else nullcontext():
+            adopted(backbone, folder)

@@ -19,6 +19,7 @@ from common.data.tensors import TaskData
 from common.errors import UserError
 from common.models.backbones import load_backbone
 from common.models.order import is_chance, stated_order, tested_order
+from common.models.processors import check_processor
 from common.provenance import tensor_fingerprint
 from common.tasks import Task
 from common.training import distributed
@@ -61,12 +62,15 @@ class Adapter:
     """A finished peft LoRA adapter, as it was stored.
 
     place: where, for messages. stated: the names of its classes in the order of its head's outputs, where it says so.
+    where, hub: its folder, or its name on the Hub with `revision` and `subfolder`.
     """
 
     place: str
     config: LoraConfig
     tensors: dict[str, Tensor]
     stated: list[str] | None
+    where: str
+    hub: dict[str, str]
 
     @property
     def fingerprint(self) -> str:
@@ -102,15 +106,15 @@ def read_adapter(name: str, source: str, flag: str = "--expert") -> Adapter:
         check_options(name, config)
     except MixtureError as error:
         raise UserError(f"{place}: {error}") from error
-    return Adapter(place, config, tensors, stated_classes(name, config, where, **hub))
+    return Adapter(place, config, tensors, stated_classes(name, config, where, **hub), where, hub)
 
 
 def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     """The backbone with a finished adapter and its head as the expert of a task.
 
     Layers have the names of the installed transformers, and its head the order of the task's classes, whatever those were that
-    the adapter was trained with. Raises UserError if it was trained on another backbone, has other layers than linear ones of
-    this, or no head for the task's classes.
+    the adapter was trained with. Raises UserError if it was trained on another backbone or with other pictures, has other
+    layers than linear ones of this, or no head for the task's classes.
     """
     model = load_backbone(config.model, data.classes, config.seed)
     try:
@@ -119,6 +123,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
             _say(note)
     except MixtureError as error:
         raise UserError(f"{adapter.place}: {error} (--model)") from error
+    check_processor(adapter.place, adapter.where, adapter.hub, config.model)
     ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PREFIX}{HEAD}.weight")
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(PREFIX).partition(".lora_")
