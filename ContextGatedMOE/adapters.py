@@ -106,6 +106,18 @@ def refuse_packed(base_model: nn.Module) -> None:
             )
 
 
+def sees_positions(layer: str) -> bool:
+    """Whether a layer of this name gets positions and no image, as in SwinV2's blocks: all images share what it says."""
+    return "position_bias" in layer
+
+
+def refuse_positions(expert: str, layer: str) -> None:
+    """Raise MixtureError if an expert adapts a layer that gets no image, whose update cannot be weighed for each image."""
+    if sees_positions(layer):
+        raise MixtureError(f"expert '{expert}' adapts '{layer}', which gets positions and no image, so that it cannot be "
+                           "weighed for each image; retrain it with exclude_modules='.*position_bias.*'")
+
+
 def check_fit(expert: Expert, base_model: nn.Module) -> None:
     """Raise MixtureError unless every layer of the expert is a linear layer of the base, of the same shape."""
     layers = plain_layers(base_model)
@@ -114,6 +126,7 @@ def check_fit(expert: Expert, base_model: nn.Module) -> None:
             raise MixtureError(f"expert '{expert.name}' adapts '{layer}', which is no linear layer of the base model")
         if isinstance(layers[layer], NonDynamicallyQuantizableLinear):
             raise MixtureError(f"expert '{expert.name}' adapts '{layer}', which nn.MultiheadAttention reads without calling it")
+        refuse_positions(expert.name, layer)
         shape = tuple(layers[layer].weight.shape)
         if layer in expert.updates:
             down, up = expert.updates[layer]

@@ -31,6 +31,8 @@ def read_finished(name: str, place: str | Path, **hub: Any) -> tuple[LoraConfig,
     expert's name, if there is no such adapter, or one that is damaged or no LoRA adapter.
     """
     folder = Path(place, hub.get("subfolder") or "")
+    if not Path(place).exists() and (Path(place).is_absolute() or str(place).count("/") != 1):
+        raise MixtureError(f"expert '{name}': there is no folder {place}, and a name on the Hub is OWNER/NAME")
     try:
         config = PeftConfig.from_pretrained(str(place), **hub)
         if Path(place).is_dir() and not any((folder / file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):

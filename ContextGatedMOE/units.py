@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.adapters import MixtureError, sees_positions
 from ContextGatedMOE.passes import Unit
 
 GATED_BLOCKS = 3  # the first blocks of a model have a gate before them: nearly all that can be known is known early
@@ -50,7 +50,9 @@ def model_width(module: nn.Module) -> int:
     """D, the width of the tokens that a block or layer gets."""
     if isinstance(module, nn.Linear):
         return module.in_features
-    for part in module.modules():  # what a block does first is to normalise or project its tokens
+    for name, part in module.named_modules():  # what a block does first is to normalise or project its tokens
+        if sees_positions(name):
+            continue
         if isinstance(part, nn.LayerNorm):
             return part.normalized_shape[-1]
         if isinstance(part, nn.Linear):

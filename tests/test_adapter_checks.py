@@ -12,7 +12,7 @@ import torch
 from mixture_models import BEIT, assert_close, logits, refused
 from peft import LoraConfig, PeftModel, get_peft_model
 from pipeline import IMAGE_SIZE, ON_CPU
-from transformers import BeitForImageClassification
+from transformers import BeitForImageClassification, Swinv2Config, Swinv2ForImageClassification, ViTImageProcessorPil
 
 from common.cli.flags import SCRIPTS
 from common.cli.parser import parse
@@ -96,6 +96,30 @@ def test_an_adapter_of_a_base_with_other_weights_is_refused(entrance, adapter, b
         ENTRANCES[entrance](backbone, changed(adapter, tmp_path / "of_unknown", base_model_name_or_path="nobody/nothing"))
     said = [str(one.message) for one in warned] or [capsys.readouterr().out]
     assert "trained on nobody/nothing, which is not here" in said[-1]
+
+
+def test_on_swinv2_layers_that_get_an_image_are_mixed_and_its_position_mlp_is_refused(tmp_path):
+    """It is the first layer in a block, and 2 wide, so that the tokens were thought to be so. Training leaves it out, too."""
+    torch.manual_seed(0)
+    backbone = str(tmp_path / "backbone")
+    config = Swinv2Config(image_size=IMAGE_SIZE, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4)
+    Swinv2ForImageClassification(config).save_pretrained(backbone)
+    ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(backbone)
+    everything = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["classifier"], modules_to_save=["classifier"])
+    get_peft_model(load_backbone(backbone, CLASSES, 0), everything).save_pretrained(tmp_path / "all")
+    for entrance in ENTRANCES.values():
+        with pytest.raises((MixtureError, UserError), match="position_bias_mlp.0', which gets positions and no image"):
+            entrance(backbone, tmp_path / "all")
+    trained = lora.add_lora(load_backbone(backbone, CLASSES, 0), 2, 4, 0)
+    for name, parameter in trained.named_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) if "lora_" in name else 0
+    trained.save_pretrained(tmp_path / "ours")
+    mixture = ContextGatedMOE.from_adapters(load_backbone(backbone, CLASSES, 0), {"one": tmp_path / "ours"}, {"one": CLASSES})
+    mixture.fit_gates({"one": [(IMAGES.inputs, IMAGES.labels)]})
+    inputs = {"pixel_values": IMAGES.inputs}
+    assert torch.isfinite(logits(mixture.eval(), inputs)).all()
+    with mixture.fixed_gates({"one": 1}):
+        assert_close(logits(mixture, inputs), logits(trained.eval(), inputs).log_softmax(1))
 
 
 # ---- classes ----

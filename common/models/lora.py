@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from common.training import distributed
 from common.training.blocks import HEAD, lora_targets
 from common.training.evaluate import evaluate
 from ContextGatedMOE import Expert, MixtureError
+from ContextGatedMOE.adapters import refuse_positions
 from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
 from ContextGatedMOE.reading import collect
 from ContextGatedMOE.renaming import PREFIX, in_todays_names
@@ -97,15 +100,11 @@ def read_adapter(name: str, source: str, flag: str = "--expert") -> Adapter:
     where, hub = source, {}
     if on_hub and not Path(source).exists():
         where, hub = on_hub[1], {key: on_hub[i] for key, i in (("revision", 2), ("subfolder", 3)) if on_hub[i]}
-    try:
+    with _told(place, "; check the name and the network, or give a folder with adapter_config.json and "
+                      "adapter_model.safetensors"):
         config, tensors = read_finished(name, where, **hub)
-    except MixtureError as error:
-        raise UserError(f"{place}: {error}; check the name and the network, or give a folder with adapter_config.json and "
-                        "adapter_model.safetensors") from error
-    try:
+    with _told(place):
         check_options(name, config)
-    except MixtureError as error:
-        raise UserError(f"{place}: {error}") from error
     return Adapter(place, config, tensors, stated_classes(name, config, where, **hub), where, hub)
 
 
@@ -117,12 +116,13 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     layers than linear ones of this, or no head for the task's classes.
     """
     model = load_backbone(config.model, data.classes, config.seed)
-    try:
+    with _told(adapter.place, " (--model)"):
         settings, tensors = in_todays_names(data.task.key, model, adapter.config, adapter.tensors)
         if note := check_base(data.task.key, settings, tensors, model):
             _say(note)
-    except MixtureError as error:
-        raise UserError(f"{adapter.place}: {error} (--model)") from error
+    with _told(adapter.place):
+        for key in tensors:
+            refuse_positions(data.task.key, key.removeprefix(PREFIX).partition(".lora_")[0])
     check_processor(adapter.place, adapter.where, adapter.hub, config.model)
     ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PREFIX}{HEAD}.weight")
     for key, tensor in tensors.items():
@@ -180,6 +180,15 @@ def _with_head(tensors: dict[str, Tensor], order: list[int] | None) -> dict[str,
     """Tensors with the head's outputs in this order; None for as they are."""
     head = f"{PREFIX}{HEAD}."
     return {key: tensor[order] if order is not None and key.startswith(head) else tensor for key, tensor in tensors.items()}
+
+
+@contextmanager
+def _told(place: str, fix: str = "") -> Iterator[None]:
+    """Raise UserError for a MixtureError, with the adapter's place before it and `fix` after it."""
+    try:
+        yield
+    except MixtureError as error:
+        raise UserError(f"{place}: {error}{fix}") from error
 
 
 def _say(text: str) -> None:
