@@ -66,8 +66,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         self.statistics: dict[str, dict[str, Statistics]] = {}
         self.plain_config = getattr(base_model, "config", None)
         self.trained_before = {name for name, parameter in base_model.named_parameters() if parameter.requires_grad}
-        classes = class_lists(classes)
-        check_together(adapters, base_model, classes)
+        check_together(adapters, base_model, classes := class_lists(classes))
         self.base_model = base_model.requires_grad_(False)
         try:
             experts.build(self, adapters, classes)
@@ -89,10 +88,10 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         """Build a mixture of peft LoRA adapters.
 
         base_model: the model the adapters were trained on; its adapted layers are replaced in place. adapters: expert name ->
-        adapter folder or Hub name. An empty mapping gives the base model itself. classes: expert name -> names of its
-        classes, in the order of its head's outputs, or its `id2label`; the answer is then one of all of them. Without, heads
-        of one label space are mixed. same: groups of (expert, class) that are one class, whose probabilities add up.
-        gate_hidden: units of a gate's first layer. top_k: how many experts an image uses (all if None).
+        adapter folder or Hub name. An empty mapping gives the base model itself. classes: expert name -> its classes in the
+        order of its head's outputs, or its `id2label`: the answer is one of all. Without, heads of one label space are mixed.
+        same: groups of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a gate's first
+        layer. top_k: how many experts an image uses (all if None).
 
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
