@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-
-class MixtureError(ValueError):
-    """An adapter, a folder or a request that cannot become an exact mixture; the message is one sentence."""
+from ContextGatedMOE.errors import MixtureError
+from ContextGatedMOE.labels import check_order
 
 
 def at_least_one(name: str, value: int | None) -> int | None:
@@ -25,11 +24,13 @@ class Expert:
 
     updates: layer -> (A (rank, d_in), B (d_out, rank)), with the adapter's scaling already in B.
     heads: layer -> (weight (d_out, d_in), bias (d_out,) or None), the layers the adapter replaces (`modules_to_save`).
+    stated: the names of its classes in the order of its head's outputs, where the adapter or its model says so (`id2label`).
     """
 
     name: str
     updates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     heads: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    stated: list[str] | None = None
 
     def copy_update(self, layer: str, down: Tensor, up: Tensor) -> None:
         """Copy the update of `layer` into tensors of the shapes of A and B."""
@@ -66,6 +67,7 @@ class StoredExpert(Expert):
             self.name,
             {layer: (down.clone(), scaled(up, self.scaling[layer]).clone()) for layer, (down, up) in self.updates.items()},
             {layer: (weight.clone(), None if bias is None else bias.clone()) for layer, (weight, bias) in self.heads.items()},
+            self.stated,
         )
 
 
@@ -104,6 +106,18 @@ def refuse_packed(base_model: nn.Module) -> None:
             )
 
 
+def sees_positions(layer: str) -> bool:
+    """Whether a layer of this name gets positions and no image, as in SwinV2's blocks: all images share what it says."""
+    return "position_bias" in layer
+
+
+def refuse_positions(expert: str, layer: str) -> None:
+    """Raise MixtureError if an expert adapts a layer that gets no image, whose update cannot be weighed for each image."""
+    if sees_positions(layer):
+        raise MixtureError(f"expert '{expert}' adapts '{layer}', which gets positions and no image, so that it cannot be "
+                           "weighed for each image; retrain it with exclude_modules='.*position_bias.*'")
+
+
 def check_fit(expert: Expert, base_model: nn.Module) -> None:
     """Raise MixtureError unless every layer of the expert is a linear layer of the base, of the same shape."""
     layers = plain_layers(base_model)
@@ -112,6 +126,7 @@ def check_fit(expert: Expert, base_model: nn.Module) -> None:
             raise MixtureError(f"expert '{expert.name}' adapts '{layer}', which is no linear layer of the base model")
         if isinstance(layers[layer], NonDynamicallyQuantizableLinear):
             raise MixtureError(f"expert '{expert.name}' adapts '{layer}', which nn.MultiheadAttention reads without calling it")
+        refuse_positions(expert.name, layer)
         shape = tuple(layers[layer].weight.shape)
         if layer in expert.updates:
             down, up = expert.updates[layer]
@@ -148,8 +163,7 @@ def check_together(experts: Sequence[Expert], base_model: nn.Module, classes: Ma
             )
     for expert in experts:
         own = list(classes[expert.name])
-        if isinstance(classes[expert.name], str) or len(set(own)) < max(1, len(own)):
-            raise MixtureError(f"expert {expert.name!r} needs one or more different classes, not {', '.join(own) or 'none'}")
+        check_order(expert.name, expert.stated, own)
         for layer, (weight, _) in expert.heads.items():
             if len(weight) != len(own):
                 raise MixtureError(

@@ -67,22 +67,48 @@ def is_same(base_model: nn.Module, config: Mapping[str, Any]) -> bool:
                for dtype in dict.fromkeys((own, *([kept] if own == "float32" else []))) if dtype in DTYPES)
 
 
+def base_place(base_model: nn.Module) -> tuple[str | None, str | None]:
+    """Where a base model was loaded from, so that it is found from anywhere: an absolute folder, or a Hub name and its commit.
+
+    None, None for a model without a name.
+    """
+    name = getattr(base_model, "name_or_path", "") or None
+    if name is not None and Path(name).is_dir():
+        return str(Path(name).absolute()), None
+    return name, getattr(getattr(base_model, "config", None), "_commit_hash", None)
+
+
 def load_base(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
-    """Load the transformers model the mixture was saved on, as it was published; the experts bring their heads."""
+    """Load the transformers model the mixture was saved on, as it was published; the experts bring their heads.
+
+    A folder here and the cache come before the Hub, which is asked only for a commit that was saved: a path that is not there
+    any more may be the name of somebody else's model. Raises MixtureError if it cannot be loaded.
+    """
     name, kind = config["base_model"], getattr(transformers, config["base_class"], None)
     if not name or not hasattr(kind, "from_pretrained"):
         raise MixtureError(f"{folder} was made on a {config['base_class']} that cannot be loaded by name; pass base_model=...")
+    commit = None if Path(name).is_dir() else config["base_commit"]
+
+    def load(**where: Any) -> nn.Module:
+        given = {"dtype": config["base_dtype"], **options, **where, "revision": commit or "main"}
+        with quiet():
+            return kind.from_pretrained(name, **given)
+
     try:
-        with _quiet():
-            return kind.from_pretrained(name, **{"dtype": config["base_dtype"], **options})
+        try:
+            return load(local_files_only=True)
+        except Exception:
+            if commit is None or options.get("local_files_only"):
+                raise
+            return load()
     except Exception as error:  # transformers raises many kinds for what is missing or does not fit
         reason = " ".join(str(error).split())[:300]
         raise MixtureError(f"the base model {name} of {folder} cannot be loaded; pass base_model=... ({reason})") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No table of head weights that are new, which is as it should be here, and no progress bar."""
+def quiet() -> Iterator[None]:
+    """No table of head weights that are new, which is as it should be in a base of experts, and no progress bar."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

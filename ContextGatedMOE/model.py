@@ -17,6 +17,7 @@ from ContextGatedMOE.exporting import Exporting
 from ContextGatedMOE.forward import Forward, Prediction
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
+from ContextGatedMOE.labels import class_lists, class_names
 from ContextGatedMOE.reading import read_expert, read_experts
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving
@@ -72,7 +73,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         self.statistics: dict[str, dict[str, Statistics]] = {}
         self.plain_config = getattr(base_model, "config", None)
         self.trained_before = {name for name, parameter in base_model.named_parameters() if parameter.requires_grad}
-        check_together(adapters, base_model, classes)
+        check_together(adapters, base_model, classes := class_lists(classes))
         self.base_model = base_model.requires_grad_(False)
         try:
             experts.build(self, adapters, classes)
@@ -96,11 +97,11 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
         base_model: the model the adapters were trained on; its adapted layers are replaced in place. adapters: expert name ->
         adapter folder or Hub name, or None for an expert that has images and classes only: its answer is what the gates know of
-        its classes. An empty mapping gives the base model itself. classes: expert name -> names of its
-        classes, in the order of its head's outputs; the answer is then one of all of them. Without, heads of one label space
-        are mixed. same: groups of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a
-        gate's first layer. top_k: how many experts an image uses (all if None). passes: 2 lets the plain base model find the
-        experts at all depths first, and then the likeliest answer in a second pass.
+        its classes. An empty mapping gives the base model itself. classes: expert name -> its classes in the order of its
+        head's outputs, or its `id2label`: the answer is one of all. Without, heads of one label space are mixed. same: groups of
+        (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a gate's first layer. top_k: how
+        many experts an image uses (all if None). passes: 2 lets the plain base model find the expert at all depths, before the
+        one that it finds likeliest answers in a second pass.
 
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
@@ -312,7 +313,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
             raise MixtureError(f"expert {name!r} needs images=...: without any of its own the gates cannot find it")
         new = (Expert(name) if adapter is None else replace(adapter, name=name) if isinstance(adapter, Expert) else
                read_expert(self.base_model, name, adapter))
-        every = None if classes is None else {**(self.classes or {}), name: list(classes)}
+        every = None if classes is None else {**(self.classes or {}), name: class_names(name, classes)}
         chosen = [*(expert for expert in experts.experts_of(self) if expert.name != name), new]
         check_together(chosen, self.base_model, every)
         experts.rebuild(self, chosen, every, self.same, {key: value for key, value in self.statistics.items() if key != name},

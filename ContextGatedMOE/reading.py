@@ -4,24 +4,21 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import Expert, MixtureError, StoredExpert, check_fit, refuse_packed
+from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
+from ContextGatedMOE.renaming import in_todays_names
 
-# Initialisations that only choose the first A and B. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the
-# base weights, so that two such adapters do not share one base.
-_PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Options besides peft's LoRA variants that make an adapter more than `W x + s B A x`.
-_MORE_THAN_LORA = ("use_qalora", "target_parameters", "trainable_token_indices", "layer_replication")
 # Options of an adapter that say nothing of its layers.
 _OF_NO_LAYER = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
 
@@ -33,12 +30,13 @@ class _Layout:
     updates: dict[str, tuple[str, str, float]]
     heads: dict[str, tuple[str, str | None]]
 
-    def expert(self, name: str, stored: Mapping[str, Tensor]) -> StoredExpert:
-        """The expert with these tensors."""
+    def expert(self, name: str, stored: Mapping[str, Tensor], stated: list[str] | None) -> StoredExpert:
+        """The expert with these tensors. stated: its classes, see `Expert`."""
         return StoredExpert(
             name,
             {layer: (stored[down], stored[up]) for layer, (down, up, _) in self.updates.items()},
             {layer: (stored[weight], None if bias is None else stored[bias]) for layer, (weight, bias) in self.heads.items()},
+            stated,
             {layer: scaling for layer, (_, _, scaling) in self.updates.items()},
         )
 
@@ -52,9 +50,10 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path, **hub: An
     base without any data: `base_model` is not touched. It may be the base of a mixture already.
 
     Raises MixtureError if there is no such adapter, it does not fit the base, or it cannot be mixed exactly: DoRA
-    and other LoRA variants, biases, adapters of anything but `nn.Linear`, initialisations that change the base.
+    and other LoRA variants, biases, adapters of anything but `nn.Linear`, initialisations that change the base. Likewise if it
+    was trained on a base with other weights, as far as that can be told without a network.
     """
-    return _read(base_model, name, adapter, {}, hub).loaded()
+    return _read(base_model, name, adapter, {}, set(), hub).loaded()
 
 
 def read_experts(base_model: nn.Module, adapters: Mapping[str, str | Path]) -> list[StoredExpert]:
@@ -64,31 +63,34 @@ def read_experts(base_model: nn.Module, adapters: Mapping[str, str | Path]) -> l
     shapes and types have everything in the same place, so it prepares one model for all of them.
     """
     layouts: dict[str, _Layout] = {}
-    return [_read(base_model, name, adapter, layouts, {}) for name, adapter in adapters.items()]
+    checked: set[tuple[Any, ...]] = set()
+    return [_read(base_model, name, adapter, layouts, checked, {}) for name, adapter in adapters.items()]
 
 
 def _read(
-    base_model: nn.Module, name: str, adapter: str | Path, layouts: dict[str, _Layout], hub: dict[str, Any]
+    base_model: nn.Module, name: str, adapter: str | Path, layouts: dict[str, _Layout], checked: set[tuple[Any, ...]],
+    hub: dict[str, Any],
 ) -> StoredExpert:
-    """layouts: of the adapters read so far, by what makes two adapters alike."""
+    """layouts: of the adapters read so far, by what makes two adapters alike. checked: what `_check_base` knows of."""
     refuse_packed(base_model)
-    config = _read_config(name, adapter, hub)
-    _refuse_inexact(name, config)
+    config, stored = read_finished(name, adapter, **hub)
+    check_options(name, config)
+    stated = stated_classes(name, config, adapter, **hub)
     # Only training knows of these: how A and B began, and VeLoRA's compressed activations. What is left is plain LoRA.
     config.init_lora_weights, config.velora_config = True, None
     try:
-        stored = load_peft_weights(str(adapter), device="cpu", **hub)
+        config, stored = in_todays_names(name, base_model, config, stored)
+        _check_base(name, config, stored, base_model, checked)
         kind = _kind(config, stored)
         if kind in layouts:
-            return layouts[kind].expert(name, stored)
+            return layouts[kind].expert(name, stored, stated)
         base = skeleton(base_model)
         _fit_heads(base, stored)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of missing keys; they are an error below
-            model = PeftModel.from_pretrained(
-                base, adapter, adapter_name="expert", config=config, low_cpu_mem_usage=True, **hub
-            )
-        expert = _collect(name, model.get_base_model())
+            model = get_peft_model(base, config, adapter_name="expert", low_cpu_mem_usage=True)
+            set_peft_model_state_dict(model, stored, adapter_name="expert", low_cpu_mem_usage=True)
+        expert = collect(name, model, "expert", stated)
         adapted = sum(".lora_A." in key for key in stored)
         if adapted != len(expert.updates):  # peft passes over tensors that have no place in the base
             raise MixtureError(f"expert '{name}' adapts {adapted} layers, of which the base model has {len(expert.updates)}")
@@ -96,13 +98,22 @@ def _read(
         layout = _layout(expert, stored)
         if layout is not None:
             layouts[kind] = layout
-            return layout.expert(name, stored)
+            return layout.expert(name, stored, stated)
         return expert
     except MixtureError:
         raise
     except Exception as error:  # peft and torch raise many kinds for a file that does not fit or is damaged
         reason = " ".join(str(error).split())[:300]
         raise MixtureError(f"expert '{name}': the adapter at {adapter} does not fit the base model: {reason}") from error
+
+
+def _check_base(name: str, config: LoraConfig, stored: Mapping[str, Tensor], base_model: nn.Module,
+                checked: set[tuple[Any, ...]]) -> None:
+    """Look at each base that adapters state once, as it may be large; warn where it is not here."""
+    kind = (config.base_model_name_or_path, config.revision, *sorted(stored))
+    if kind not in checked and (note := check_base(name, config, stored, base_model)):
+        warnings.warn(note, stacklevel=5)
+    checked.add(kind)
 
 
 def _kind(config: LoraConfig, stored: Mapping[str, Tensor]) -> str:
@@ -150,33 +161,6 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _read_config(name: str, adapter: str | Path, hub: dict[str, Any]) -> LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(adapter, **hub)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise MixtureError(f"expert '{name}': there is no readable peft adapter at {adapter}") from error
-    if not isinstance(config, LoraConfig):
-        raise MixtureError(f"expert '{name}' is a {config.peft_type} adapter; only LoRA adapters can be mixed")
-    config.inference_mode = True
-    return config
-
-
-def _refuse_inexact(name: str, config: LoraConfig) -> None:
-    """Refuse what the configuration alone shows to be more than `W x + s B A x`."""
-    if config.use_dora:
-        raise MixtureError(f"expert '{name}' uses DoRA, whose weight normalisation does not mix linearly")
-    if config.bias != "none" or config.lora_bias:
-        raise MixtureError(f"expert '{name}' trains biases (bias={config.bias!r}, lora_bias={config.lora_bias}); "
-                           "retrain it with bias='none', lora_bias=False")
-    if config.init_lora_weights not in _PLAIN_INITIALISATIONS:
-        raise MixtureError(f"expert '{name}' was initialised by {config.init_lora_weights!r}, which changes the base "
-                           "weights; convert it to a plain LoRA with peft first")
-    variants = [option.name for option in fields(config) if option.metadata.get("is_lora_variant")]
-    for option in (*variants, *_MORE_THAN_LORA):
-        if option != "velora_config" and getattr(config, option, None):
-            raise MixtureError(f"expert '{name}' uses {option}, which a mixture of linear layers cannot reproduce")
-
-
 def _fit_heads(model: nn.Module, stored: dict[str, Tensor]) -> None:
     """Give the linear layers of `model`, which holds no data, the number of outputs that an adapter's own heads have."""
     layers = dict(model.named_modules())
@@ -188,16 +172,19 @@ def _fit_heads(model: nn.Module, stored: dict[str, Tensor]) -> None:
             model.set_submodule(layer, head)
 
 
-def _collect(name: str, model: nn.Module) -> StoredExpert:
-    """Copy the tensors of the adapter called "expert" out of a model that carries it."""
-    expert = StoredExpert(name)
-    for layer, module in model.named_modules():
+def collect(name: str, model: PeftModel, adapter: str, stated: list[str] | None = None) -> StoredExpert:
+    """Copy the tensors of the adapter that a peft model calls `adapter` out of it. stated: its classes, see `Expert`.
+
+    Raises MixtureError if it is more than low-rank updates of linear layers and linear heads, or a tensor is missing.
+    """
+    expert = StoredExpert(name, stated=stated)
+    for layer, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            _refuse_module(name, layer, module)
-            down, up = (_loaded(name, layer, part["expert"].weight) for part in (module.lora_A, module.lora_B))
-            expert.updates[layer], expert.scaling[layer] = (down, up), module.scaling["expert"]
+            _refuse_module(name, layer, module, adapter)
+            down, up = (_loaded(name, layer, part[adapter].weight) for part in (module.lora_A, module.lora_B))
+            expert.updates[layer], expert.scaling[layer] = (down, up), module.scaling[adapter]
         elif isinstance(module, ModulesToSaveWrapper):
-            head = module.modules_to_save["expert"]
+            head = module.modules_to_save[adapter]
             if type(head) is not nn.Linear:
                 raise MixtureError(
                     f"expert '{name}' replaces '{layer}', a {type(head).__name__}; only heads that are nn.Linear can be mixed"
@@ -216,10 +203,10 @@ def _loaded(name: str, layer: str, tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _refuse_module(name: str, layer: str, module: LoraLayer) -> None:
+def _refuse_module(name: str, layer: str, module: LoraLayer, adapter: str) -> None:
     base = module.get_base_layer()
     if not isinstance(module, LoraLinear) or not isinstance(base, nn.Linear):
         raise MixtureError(f"expert '{name}' adapts '{layer}', a {type(base).__name__}; only nn.Linear can be mixed")
-    if "expert" in module.lora_variant:
-        variant = type(module.lora_variant["expert"]).__name__
+    if adapter in module.lora_variant:
+        variant = type(module.lora_variant[adapter]).__name__
         raise MixtureError(f"expert '{name}' uses the LoRA variant {variant} at '{layer}', which does not mix linearly")

@@ -27,6 +27,7 @@ NOT_ITS_OWN = ("base.", f"{building.GATE}.", f"{HEAD_GATE}.")  # tensors inside 
 # What a configuration holds, and of what type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "base_model": (str, type(None)),
+    "base_commit": (str, type(None)),
     "base_class": str,
     "base_dtype": str,
     "base_fingerprint": str,
@@ -64,7 +65,8 @@ class Saving:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write gates, experts, heads and statistics (safetensors) and what they belong to (JSON) into `folder`.
 
-        The base weights are not copied: their name and fingerprint are. Each file is written aside and moved into place.
+        The base weights are not copied: their folder, or name and commit on the Hub, and fingerprint are. Each file is written
+        aside and moved into place.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +78,11 @@ class Saving:
         files = {WEIGHTS_FILE: tensors, **({STATISTICS_FILE: sums} if sums else {})}
         for name, content in files.items():
             save_file(content, folder / f"{name}.part")
+        base, commit = identity.base_place(self.base_model)
         config = {
             "format": FORMAT,
-            "base_model": getattr(self.base_model, "name_or_path", "") or None,
+            "base_model": base,
+            "base_commit": commit,
             "base_class": type(self.base_model).__name__,
             "base_dtype": identity.dtype_of(self.base_model),
             "base_fingerprint": self.base_fingerprint(),
@@ -128,9 +132,10 @@ class Saving:
 
         name: a folder, or a Hub name "owner/name" with `revision` (branch, tag or commit), `subfolder`, `token`, `cache_dir`
         and `local_files_only` as huggingface_hub takes them. base_model: the base to use; if None, the transformers model that
-        was named when saving is loaded, with `base_options` such as dtype or device_map. check_base: whether to make sure that
-        the base is the one the mixture was made for; the same weights in another floating-point type are. Raises MixtureError
-        if the mixture is missing, damaged, of another format, or the base is another one.
+        was named when saving is loaded, with `base_options` such as dtype or device_map; the Hub is asked only for a commit
+        that was saved. check_base: whether to make sure that the base is the one the mixture was made for; the same weights in
+        another floating-point type are. Raises MixtureError if the mixture is missing, damaged, of another format, or the base
+        is another one.
         """
         hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = Path(name) if Path(name).is_dir() else hub.download(str(name), revision, subfolder, FILES, **hub_options)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.adapters import MixtureError, sees_positions
 from ContextGatedMOE.passes import Unit
 
 DEPTHS = 6  # gates stand before at most so many of the blocks of a list, evenly spaced; validation images choose among them
@@ -70,7 +70,9 @@ def model_width(module: nn.Module) -> int:
     """D, the width of the tokens that a block or layer gets."""
     if isinstance(module, nn.Linear):
         return module.in_features
-    for part in module.modules():  # what a block does first is to normalise or project its tokens
+    for name, part in module.named_modules():  # what a block does first is to normalise or project its tokens
+        if sees_positions(name):
+            continue
         if isinstance(part, nn.LayerNorm):
             return part.normalized_shape[-1]
         if isinstance(part, nn.Linear):

@@ -17,6 +17,7 @@ from common.cli.parser import command
 from common.data.tensors import ImageSet, TaskData, together
 from common.errors import UserError
 from common.files import read_json
+from common.models import lora
 from common.provenance import PROVENANCE_FILE, differences
 from common.results.metrics import JointPredictions
 from common.tasks import read_tasks
@@ -138,8 +139,9 @@ def grow(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
     try:
         for name, adapter in added.items():
             data = by_key[name]
-            with_smaller_batches(EVALUATION_BATCH, lambda size, name=name, adapter=adapter, data=data: model.add_expert(
-                name, adapter, classes=data.classes, images=Batches(data.train, size)))
+            expert = lora.expert_of(name, lora.adopt(config, data, lora.read_adapter(name, str(adapter), "--add_expert")))
+            with_smaller_batches(EVALUATION_BATCH, lambda size, name=name, expert=expert, data=data: model.add_expert(
+                name, expert, classes=data.classes, images=Batches(data.train, size)))
     except MixtureError as error:
         raise UserError(f"--add_expert: {error}") from error
     model.top_k, model.early_top_k = experts_at_once(config, len(model.expert_names)), EARLY_AT_ONCE

@@ -35,6 +35,9 @@ def main(config: RunAllConfig) -> None:
         step = " and ".join(scripts)
         print(f"\n== {step} ==", flush=True)
         started = time.perf_counter()
+        if config.overwrite and config.expert and "Lora_Finetune" in scripts:
+            # By itself --overwrite leaves the experts of tasks that --expert does not name; here all is made anew.
+            (Path(config.root) / "Results" / "Lora_Finetune" / "config.json").unlink(missing_ok=True)
         statuses = run_scripts({str(folder / f"{script}.py"): flags_for(config, SCRIPTS[script]) for script in scripts})
         seconds[step] = time.perf_counter() - started
         for script, status in zip(scripts, statuses, strict=True):

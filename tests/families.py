@@ -31,11 +31,16 @@ FAMILIES: dict[str, Family] = {  # class, configuration, image processor, its se
 }
 
 
-def save_family(name: str, folder: Path, seed: int = 0) -> PreTrainedModel:
-    """Write a random model of a family, as it is published: DeiT with two heads, SigLIP and CLIP with a text model."""
-    architecture, config, processor, settings = FAMILIES[name]
+def save_family(name: str, folder: Path, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """Write a random model of a family, as it is published: DeiT with two heads, SigLIP and CLIP with a text model.
+
+    changes: of its configuration.
+    """
+    architecture, make_config, processor, settings = FAMILIES[name]
     torch.manual_seed(seed)
-    model = getattr(transformers, architecture)(config())
+    config = make_config()
+    config.update(changes)
+    model = getattr(transformers, architecture)(config)
     model.save_pretrained(folder)
     getattr(transformers, processor)(**settings).save_pretrained(folder)
     return model

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hub import folder_repo
 from peft import LoraConfig, PeftModel, get_peft_model
-from pipeline import tiny_beit
+from pipeline import hashes, tiny_beit
 from safetensors.torch import load_file, save_file
 from transformers import BeitForImageClassification
 
 import Lora_Finetune
 from common.cli.flags import SCRIPTS
 from common.cli.run import run
+from common.errors import UserError
 from common.models import load_backbone
 
 pytest_plugins = ["warm_process"]
@@ -103,6 +104,27 @@ def test_an_adapter_of_the_hub_has_a_revision_and_a_subfolder(place, backbone, t
     assert np.allclose(written(place), peft_says(place, tmp_path / "repo" / "inner"), atol=1e-5)
 
 
+def test_overwriting_an_expert_leaves_the_others(mutable, backbone, tmp_path, capsys, monkeypatch):
+    """As in the README's order: an adapter of one's own takes the place of a trained expert; also after a run that failed."""
+    flags = ["--expert", f"fire={make_adapter(tmp_path / 'fire', backbone, **KINDS['few'])}"]
+    results, before = mutable.results / "Lora_Finetune", hashes(mutable.results / "Lora_Finetune")
+    for more, words in (([], "add --overwrite to make those of fire anew"),
+                        (["--overwrite", "--lora_rank", "3"], r"lora_rank = \d+, not 3; leave --expert out to make all anew")):
+        with pytest.raises(UserError, match=words):
+            mutable.run("Lora_Finetune", *flags, *more)
+        assert hashes(results) == before
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr("common.models.lora.adopt", lambda *_: 1 / 0)
+        mutable.run("Lora_Finetune", *flags, "--overwrite")
+    for more in ([], ["--overwrite"], []):
+        mutable.run("Lora_Finetune", *flags, *more)
+    after = hashes(results)
+    changed = {name for name in before if after.get(name) != before[name]}
+    assert changed and all("fire" in name.lower() for name in changed - {"config.json"})
+    assert "Lora_Finetune is finished already" in capsys.readouterr().out
+    assert np.allclose(written(mutable), peft_says(mutable, tmp_path / "fire"), atol=1e-5)
+
+
 def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_backbone, tmp_path, monkeypatch, capsys):
     """And nothing is written."""
     made = iter(range(100))
@@ -111,18 +133,16 @@ def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_
         return make_adapter(tmp_path / f"adapter{next(made)}", of, **{**KINDS["few"], **settings})
 
     tiny_beit(0, hidden_size=64).save_pretrained(tmp_path / "wide")
-    good, cut, empty, stranger, wide = adapter(), adapter(), tmp_path / "empty", adapter(), adapter(tmp_path / "wide")
+    good, cut, empty, wide = adapter(), adapter(), tmp_path / "empty", adapter(tmp_path / "wide")
     (cut / "adapter_model.safetensors").write_bytes(b"x")
     empty.mkdir()
-    for folder, stated in ((stranger, "google/vit"), (wide, "")):
-        config = folder / "adapter_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": stated}))
+    config = wide / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": ""}))
     cases = {  # words of the line -> the adapter of the first task
-        f"was trained on {other_backbone}, not on {backbone}; give --model": adapter(other_backbone),
-        "was trained on google/vit, not on": stranger,
+        f"that of {backbone}; load {other_backbone} as the base model (--model)": adapter(other_backbone),
         "is of no linear layer there, or of one of another size": wide,
         "has no head of its own, where the task has 4 classes": adapter(modules_to_save=None),
-        "has a head for 3 classes, where the task has 4": adapter(classes=3), "has DoRA or biases": adapter(use_dora=True),
+        "has a head for 3 classes, where the task has 4": adapter(classes=3), "uses DoRA": adapter(use_dora=True),
         "no peft adapter that can be read": cut, "check the name and the network, or give a folder": empty,
     }
     for words, entries in [*((words, [f"fire={folder}"]) for words, folder in cases.items()),

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ContextGatedMOE import ContextGatedMOE, Expert, MixtureError, read_expert
+from ContextGatedMOE import ContextGatedMOE, Expert, MixtureError, read_expert, reading
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_adapters_that_are_alike_are_prepared_once_and_are_what_each_is_alone(tm
         file = folder / "adapter_model.safetensors"
         save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
     alone = [read_expert(BEIT.build(), name, adapter) for name, adapter in adapters.items()]
-    prepared, original = [], PeftModel.from_pretrained
-    monkeypatch.setattr(PeftModel, "from_pretrained", lambda *args, **named: prepared.append(args) or original(*args, **named))
+    prepared, original = [], reading.get_peft_model
+    monkeypatch.setattr(reading, "get_peft_model", lambda *args, **named: prepared.append(args) or original(*args, **named))
     mixed = ContextGatedMOE.from_adapters(BEIT.build(), adapters)
     assert len(prepared) == 4
     assert_equal(mixed.state_dict(), ContextGatedMOE(BEIT.build(), alone).state_dict())

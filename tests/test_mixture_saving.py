@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -127,6 +128,39 @@ def test_a_base_that_cannot_be_found_is_refused(tmp_path):
         edit(tmp_path, **change)
         with pytest.raises(MixtureError, match="cannot be loaded"):
             ContextGatedMOE.from_pretrained(tmp_path)
+
+
+def test_a_base_is_found_from_anywhere_and_no_stranger_is_asked(tmp_path, monkeypatch):
+    """A folder by its absolute path; a Hub name at its commit, here first; a path that is gone is no name on the Hub."""
+    kind, asked = type(BEIT.build()), []
+    monkeypatch.chdir(tmp_path)
+    BEIT.build().save_pretrained("a/b")
+    ContextGatedMOE(kind.from_pretrained("a/b"), []).save_pretrained("mixture")
+    for elsewhere in (tmp_path, tmp_path / "a"):
+        monkeypatch.chdir(elsewhere)
+        ContextGatedMOE.from_pretrained(tmp_path / "mixture")
+    base, original = kind.from_pretrained(tmp_path / "a" / "b"), kind.from_pretrained
+
+    def from_hub(name: str, **options: object) -> torch.nn.Module:
+        """What stands in for the Hub, with an empty cache."""
+        asked.append((name, options["revision"], options.get("local_files_only", False)))
+        if options.get("local_files_only"):
+            raise OSError("it is not in the cache")
+        return original(tmp_path / "a" / "b")
+
+    monkeypatch.setattr(kind, "from_pretrained", from_hub)
+    for name, commit, expected in (("a/b", None, [("a/b", "main", True)]),
+                                   ("a/b", "c0ffee", [("a/b", "c0ffee", True), ("a/b", "c0ffee", False)])):
+        base.name_or_path, base.config._commit_hash = name, commit
+        ContextGatedMOE(base, []).save_pretrained(tmp_path / "of_hub")
+        asked.clear()
+        with nullcontext() if commit else pytest.raises(MixtureError, match="the base model a/b of .* cannot be loaded"):
+            ContextGatedMOE.from_pretrained(tmp_path / "of_hub")
+        assert asked == expected
+    asked.clear()
+    with pytest.raises(MixtureError, match="cannot be loaded"):
+        ContextGatedMOE.from_pretrained(tmp_path / "of_hub", local_files_only=True)
+    assert asked == [("a/b", "c0ffee", True)]
 
 
 def edit(folder: Path, **changes: object) -> None:

@@ -17,6 +17,7 @@ from common.errors import UserError
 SHARED_FLAGS = [
     "--demo", "--root", "some where", "--seed", "5", "--model", "a/b", "--overwrite", "--images_per_class", "7",
     "--fire_source", "photos", "--fire_classes", "low", "high risk", "--game_classes", "chess", "go",
+    "--expert", "fire=here", "game=a/b",
 ]
 # run_all of two scripts in a folder of their own, whose names come from the command line.
 TWO_SCRIPTS = """
@@ -59,7 +60,7 @@ def test_every_script_gets_the_flags_it_shares_with_run_all_and_keeps_its_other_
                 name: own[name] for name in own.keys() - shared}
 
 
-def test_it_runs_the_six_scripts_in_order_up_to_a_failure_and_ends_with_the_summary(workspace, monkeypatch, capsys):
+def test_it_runs_the_six_scripts_in_order_up_to_a_failure_and_ends_with_the_summary(workspace, mutable, monkeypatch, capsys):
     started, flags = [], ["--demo", "--root", str(workspace.root)]
     first, last = [["Data_Preparation"], ["Generate_Base_Model"], ["Benchmark"]], [["CGM_Lora"]]
     monkeypatch.setattr(run_all, "run_scripts", lambda commands: started.append([Path(path).stem for path in commands]) or
@@ -76,6 +77,13 @@ def test_it_runs_the_six_scripts_in_order_up_to_a_failure_and_ends_with_the_summ
         run_all.main(parse(RunAllConfig, flags))
     assert len(started) == 15
     monkeypatch.setattr(run_all, "torch_threads", lambda: 1)
+    finished = mutable.results / "Lora_Finetune" / "config.json"
+    with pytest.raises(UserError, match="Lora_Finetune.py ended with status 2"):
+        run_all.main(parse(RunAllConfig, ["--demo", "--root", str(mutable.root), "--expert", "fire=here"]))
+    assert finished.exists()
+    with pytest.raises(UserError, match="Lora_Finetune.py ended with status 2"):
+        run_all.main(parse(RunAllConfig, ["--demo", "--root", str(mutable.root), "--expert", "fire=here", "--overwrite"]))
+    assert not finished.exists()  # all experts are made anew, not only that of --expert
     assert len(run_all.steps(parse(RunAllConfig, flags))) == len(SCRIPTS)  # on one core nothing is gained
 
 

@@ -35,7 +35,8 @@ MIXTURE = "CGM_Lora/Models/fire_game_cgm_lora"
 MODELS = {  # folder -> its files, beside those that all have
     **{f"Base_Models/{key}_base": ["config.json", "model.safetensors"] for key in TITLES},
     **{f"Finetune/Models/{key}_finetune": ["config.json", "model.safetensors"] for key in TITLES},
-    **{f"Lora_Finetune/Models/{key}_lora_finetune": ["adapter_config.json", "adapter_model.safetensors"] for key in TITLES},
+    **{f"Lora_Finetune/Models/{key}_lora_finetune": ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+       for key in TITLES},
     MIXTURE: ["config.json", "cgm_config.json", "cgm_model.safetensors", "cgm_statistics.safetensors"],
 }
 LINEARS = [f"beit.layers.{block}.{linear}" for block in range(2) for linear in (

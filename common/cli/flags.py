@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from common.cli.experts import ExpertFlags
 from common.errors import UserError
 from common.files import is_unicode
 from common.tasks import Task, own_tasks
@@ -52,6 +53,10 @@ class RunFlags:
             raise UserError(f"--root {self.root} cannot be used ({error.strerror}); choose another") from error
         if not stat.S_ISDIR(there.st_mode) or not os.access(self.root, os.R_OK | os.X_OK):
             raise UserError(f"--root {self.root} is not a folder that you may open; choose another")
+
+    def made_anew(self) -> set[str] | None:
+        """Keys of the tasks whose results --overwrite makes anew; None for all."""
+        return None
 
     # The smallest value that makes sense, by flag, for all groups below.
     lowest: ClassVar[dict[str, float]] = {
@@ -238,26 +243,14 @@ class FinetuneConfig(TrainingFlags, RunFlags):
 
 
 @dataclass
-class LoraConfig(LoraFlags, TrainingFlags, RunFlags):
+class LoraConfig(ExpertFlags, LoraFlags, TrainingFlags, RunFlags):
     """Settings of Lora_Finetune.py."""
 
-    _argument_group_name: ClassVar[str] = "experts"
-    expert: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=ADAPTER: take a finished peft LoRA adapter as the expert of the task NAME instead of training one: a "
-                "folder, or OWNER/NAME on the Hub, with a revision and a subfolder as OWNER/NAME@REVISION:SUBFOLDER"})
     demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-3, "epochs": 15}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for entry in self.expert:
-            if not re.fullmatch(r"[\w-]+=.+", entry):
-                raise UserError(f"--expert takes NAME=ADAPTER, NAME being that of a task, not {entry}")
-        if len(self.experts()) < len(self.expert):
-            raise UserError("--expert is given twice for one task; choose one adapter")
-
-    def experts(self) -> dict[str, str]:
-        """The finished adapters: name of the task -> where the adapter is."""
-        return {name: source for name, _, source in (entry.partition("=") for entry in self.expert)}
+    def made_anew(self) -> set[str] | None:
+        """The tasks of --expert, if there are any: the others' experts stay."""
+        return set(self.experts()) or None
 
 
 @dataclass
@@ -281,8 +274,8 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
         if self.compare and self.add_expert:
             raise UserError("--compare is of the mixture of the tasks' own experts; leave --add_expert out")
         for entry in self.add_expert:
-            if not re.fullmatch(r"\w+=.+", entry):
-                raise UserError(f"--add_expert takes NAME=FOLDER, the name of letters, digits and _, not {entry}")
+            if not re.fullmatch(r"[\w-]+=.+", entry):
+                raise UserError(f"--add_expert takes NAME=FOLDER, the name of letters, digits, _ and -, not {entry}")
         if len(self.added_experts()) < len(self.add_expert):
             raise UserError("--add_expert: two of the experts have one name")
 
@@ -292,7 +285,7 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
 
 
 @dataclass
-class RunAllConfig(SourceFlags, RunFlags):
+class RunAllConfig(ExpertFlags, SourceFlags, RunFlags):
     """Settings of `python -m common.run_all`: the flags it hands on, and how it runs the scripts."""
 
     _argument_group_name: ClassVar[str] = "order"

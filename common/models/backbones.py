@@ -35,8 +35,10 @@ def load_backbone(name: str, classes: list[str], seed: int) -> PreTrainedModel:
         config.num_labels = len(classes)  # before the names: some keep it beside them
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: index for index, label in config.id2label.items()}
-        model, info = architecture_of(name, config).from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation=register_attention(), ignore_mismatched_sizes=True,
+        architecture = architecture_of(name, config)
+        attention = register_attention() if architecture._supports_sdpa else "eager"  # SwinV2 has its own
+        model, info = architecture.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation=attention, ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HTTPError) as error:

@@ -2,32 +2,36 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from huggingface_hub.errors import HTTPError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear
-from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from common.cli.flags import RunFlags
+from common.cli.flags import TrainingFlags
 from common.data.tensors import TaskData
 from common.errors import UserError
-from common.models.backbones import backbone_fingerprint, load_backbone
+from common.models.backbones import load_backbone
+from common.models.order import is_chance, stated_order, tested_order
+from common.models.processors import check_processor
 from common.provenance import tensor_fingerprint
 from common.tasks import Task
+from common.training import distributed
 from common.training.blocks import HEAD, lora_targets
-
-PEFT_PREFIX = "base_model.model."
+from common.training.evaluate import evaluate
+from ContextGatedMOE import Expert, MixtureError
+from ContextGatedMOE.adapters import refuse_positions
+from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
+from ContextGatedMOE.reading import collect
+from ContextGatedMOE.renaming import PREFIX, in_todays_names
 
 
 class LoraLinear(Linear):
@@ -58,11 +62,18 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, seed: int) -> PeftMo
 
 @dataclass
 class Adapter:
-    """A finished peft LoRA adapter, as it was stored. place: where, for messages."""
+    """A finished peft LoRA adapter, as it was stored.
+
+    place: where, for messages. stated: the names of its classes in the order of its head's outputs, where it says so.
+    where, hub: its folder, or its name on the Hub with `revision` and `subfolder`.
+    """
 
     place: str
     config: LoraConfig
     tensors: dict[str, Tensor]
+    stated: list[str] | None
+    where: str
+    hub: dict[str, str]
 
     @property
     def fingerprint(self) -> str:
@@ -80,46 +91,42 @@ def read_adapters(sources: dict[str, str], tasks: list[Task]) -> dict[str, Adapt
     return {name: read_adapter(name, source) for name, source in sources.items()}
 
 
-def read_adapter(name: str, source: str) -> Adapter:
+def read_adapter(name: str, source: str, flag: str = "--expert") -> Adapter:
     """Read the adapter of `--expert NAME=SOURCE`: a folder, or OWNER/NAME[@REVISION][:SUBFOLDER] on the Hub.
 
     Raises UserError if there is none, or one that is more than low-rank updates of weights.
     """
-    place, on_hub = f"--expert {name}={source}", re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(.+))?", source)
+    place, on_hub = f"{flag} {name}={source}", re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:]+))?(?::(.+))?", source)
     where, hub = source, {}
     if on_hub and not Path(source).exists():
         where, hub = on_hub[1], {key: on_hub[i] for key, i in (("revision", 2), ("subfolder", 3)) if on_hub[i]}
-    try:
-        config = PeftConfig.from_pretrained(where, **hub)
-        tensors = load_peft_weights(where, device="cpu", **hub)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, HTTPError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{place}: there is no peft adapter that can be read ({reason}); check the name and the network, or "
-                        "give a folder with adapter_config.json and adapter_model.safetensors") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{place} is a {config.peft_type} adapter; only LoRA adapters can be experts")
-    if config.use_dora or config.bias != "none" or config.lora_bias:
-        raise UserError(f"{place} has DoRA or biases; only low-rank updates of weights can be mixed: train it without")
-    return Adapter(place, config, tensors)
+    with _told(place, "; check the name and the network, or give a folder with adapter_config.json and "
+                      "adapter_model.safetensors"):
+        config, tensors = read_finished(name, where, **hub)
+    with _told(place):
+        check_options(name, config)
+    return Adapter(place, config, tensors, stated_classes(name, config, where, **hub), where, hub)
 
 
-def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
+def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     """The backbone with a finished adapter and its head as the expert of a task.
 
-    Layers have the names of the installed transformers, whatever those were that the adapter was trained with. Raises UserError
-    if it was trained on another backbone, has other layers than linear ones of this, or no head for the task's classes.
+    Layers have the names of the installed transformers, and its head the order of the task's classes, whatever those were that
+    the adapter was trained with. Raises UserError if it was trained on another backbone or with other pictures, has other
+    layers than linear ones of this, or no head for the task's classes.
     """
     model = load_backbone(config.model, data.classes, config.seed)
-    _check_base(config, data, adapter, backbone_fingerprint(model))
-    renamings = [part for part in get_model_conversion_mapping(model) if isinstance(part, WeightRenaming)]
-    tensors, old_names = {}, {}
-    for key, tensor in adapter.tensors.items():
-        old = key.removeprefix(PEFT_PREFIX)
-        new = rename_source_key(old, renamings, [])[0]
-        tensors[PEFT_PREFIX + new], old_names[new.partition(".lora_")[0]] = tensor, old.partition(".lora_")[0]
-    ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PEFT_PREFIX}{HEAD}.weight")
+    with _told(adapter.place, " (--model)"):
+        settings, tensors = in_todays_names(data.task.key, model, adapter.config, adapter.tensors)
+        if note := check_base(data.task.key, settings, tensors, model):
+            _say(note)
+    with _told(adapter.place):
+        for key in tensors:
+            refuse_positions(data.task.key, key.removeprefix(PREFIX).partition(".lora_")[0])
+    check_processor(adapter.place, adapter.where, adapter.hub, config.model)
+    ranks, layers, head = {}, dict(model.named_modules()), tensors.get(f"{PREFIX}{HEAD}.weight")
     for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+        name, _, part = key.removeprefix(PREFIX).partition(".lora_")
         layer = layers.get(name)
         if part in ("A.weight", "B.weight"):
             fits = isinstance(layer, nn.Linear) and tensor.shape[part == "A.weight"] == layer.weight.shape[part == "A.weight"]
@@ -127,30 +134,63 @@ def adopt(config: RunFlags, data: TaskData, adapter: Adapter) -> PeftModel:
         else:
             fits = name.rpartition(".")[0] == HEAD
         if not fits:
-            raise UserError(f"{adapter.place} does not fit --model {config.model}: {key.removeprefix(PEFT_PREFIX)} is of no "
+            raise UserError(f"{adapter.place} does not fit --model {config.model}: {key.removeprefix(PREFIX)} is of no "
                             "linear layer there, or of one of another size; give the --model it was trained on")
     if head is None or len(head) != len(data.classes):
         has = "no head of its own" if head is None else f"a head for {len(head)} classes"
         raise UserError(f"{adapter.place} has {has}, where the task has {len(data.classes)} classes; train it with "
                         f"modules_to_save=['{HEAD}'] on the task's classes")
-    alphas = {new: adapter.config.alpha_pattern.get(get_pattern_key(adapter.config.alpha_pattern, old_names[new]),
-                                                    adapter.config.lora_alpha) for new in ranks}
+    order = stated_order(adapter.stated, data.classes)
+    if order is not None and order != sorted(order):
+        _say(f"{adapter.place} has the classes in the order {', '.join(adapter.stated)}; its head is put into that of the task")
+    alphas = {layer: settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, layer), settings.lora_alpha)
+              for layer in ranks}
     adopted = get_peft_model(model, LoraConfig(
         r=adapter.config.r, lora_alpha=adapter.config.lora_alpha, use_rslora=adapter.config.use_rslora, rank_pattern=ranks,
         alpha_pattern=alphas, target_modules=list(ranks), modules_to_save=[HEAD]))
     adopted.peft_config["default"].target_modules = list(ranks)  # a set would be written in another order every time
-    set_peft_model_state_dict(adopted, tensors)
+    set_peft_model_state_dict(adopted, _with_head(tensors, order))
+    if order is None:
+        _test_order(config, data, adapter.place, adopted, tensors)
     return adopted
 
 
-def _check_base(config: RunFlags, data: TaskData, adapter: Adapter, backbone: str) -> None:
-    """Raise UserError if an adapter says that it was trained on another backbone: one of another name or of other weights."""
-    stated = adapter.config.base_model_name_or_path
-    if not stated or stated == config.model:
-        return
-    if Path(stated).is_dir():
-        same = backbone_fingerprint(load_backbone(stated, data.classes, config.seed)) == backbone
-    else:
-        same = Path(stated).name == Path(config.model).name
-    if not same:
-        raise UserError(f"{adapter.place} was trained on {stated}, not on {config.model}; give --model {stated}")
+def expert_of(name: str, adopted: PeftModel) -> Expert:
+    """The adapter and head of an adopted model as an expert of a mixture."""
+    return collect(name, adopted, "default", list(adopted.config.id2label.values())).loaded()
+
+
+def _test_order(config: TrainingFlags, data: TaskData, place: str, adopted: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Look at validation images whether the head of an adapter that does not name its classes has them in another order."""
+    predicted, labels = evaluate(adopted, data.validation, config)[0].argmax(1), data.validation.labels.numpy()
+    order = tested_order(predicted, labels, data.classes)
+    said = (f"{place} does not name its classes; as it is, it is right on {(predicted == labels).mean():.0%} of the "
+            "validation images")
+    if order is not None:
+        names = [data.classes[order.index(output)] for output in range(len(order))]
+        set_peft_model_state_dict(adopted, _with_head(tensors, order))
+        _say(f"{said}, and on {(np.argsort(order)[predicted] == labels).mean():.0%} with the classes in the order "
+             f"{', '.join(names)}, which is taken")
+    elif is_chance(predicted, labels):
+        _say(f"{said}, hardly more than by chance: make sure that it is of these classes, in the order "
+             f"{', '.join(data.classes)}")
+
+
+def _with_head(tensors: dict[str, Tensor], order: list[int] | None) -> dict[str, Tensor]:
+    """Tensors with the head's outputs in this order; None for as they are."""
+    head = f"{PREFIX}{HEAD}."
+    return {key: tensor[order] if order is not None and key.startswith(head) else tensor for key, tensor in tensors.items()}
+
+
+@contextmanager
+def _told(place: str, fix: str = "") -> Iterator[None]:
+    """Raise UserError for a MixtureError, with the adapter's place before it and `fix` after it."""
+    try:
+        yield
+    except MixtureError as error:
+        raise UserError(f"{place}: {error}{fix}") from error
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text)

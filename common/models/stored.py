@@ -110,6 +110,7 @@ def save(folder: Path, model: Any, processor: BaseImageProcessor, made_from: dic
     model.to("cpu")
     with writing(folder) as part:
         model.save_pretrained(part)
+        model.config.save_pretrained(part)  # peft leaves it out, and with it the names of the classes
         (part / "README.md").unlink(missing_ok=True)  # peft's empty model card, with a path of this machine
         processor.save_pretrained(part)
         write_json(part / PROVENANCE_FILE, {**made_from, "files": file_hashes(part)})

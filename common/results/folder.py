@@ -28,7 +28,7 @@ from common.results.metrics import (
     told_scores,
 )
 from common.results.report import PAGE, write_report
-from common.results.reuse import DATA, completed, difference, joined
+from common.results.reuse import DATA, completed, difference, joined, without
 from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
@@ -113,15 +113,24 @@ class Results:
             read_summary(summary)  # a damaged one is to be known before the work, not after it
         self._held.enter_context(locked(self.folder))
         sweep(self.folder)
-        if self.config.overwrite:
+        anew = self.config.made_anew()
+        if self.config.overwrite and anew is None:
             path.unlink(missing_ok=True)
-            remove(self.folder / CHECKPOINTS)
         if not path.exists():
+            if self.config.overwrite:
+                remove(self.folder / CHECKPOINTS)
             return set()
         fix = "add --overwrite to make them anew, or choose another --root"
         there = completed(read_json(path, fix), self._kinds, str(path), fix)
-        if found := difference(there, self.made_from, self._kinds, one_model):
+        others = without(there, self._kinds, anew or set())
+        if self.config.overwrite:
+            there, fix = others, "leave --expert out to make all anew, or give the settings that they were made with"
+        elif anew and not difference(others, self.made_from, self._kinds, one_model):
+            fix = f"add --overwrite to make those of {', '.join(sorted(anew))} anew, or choose another --root"
+        if there[DATA] and (found := difference(there, self.made_from, self._kinds, one_model)):
             raise UserError(f"{self.folder} holds finished results with {found}; {fix}")
+        if self.config.overwrite:
+            write_json(path, there)  # what is made anew is not finished until it is
         self._packages = there["packages"]
         if not one_model:
             self._record = joined(there, self.made_from, self._kinds)

@@ -23,6 +23,11 @@ def difference(there: dict[str, Any], wanted: dict[str, Any], kinds: list[str], 
     return next(changes(there, compared), None)
 
 
+def without(there: dict[str, Any], kinds: list[str], tasks: set[str]) -> dict[str, Any]:
+    """What the results of all but these tasks were made from."""
+    return {**there, **{kind: {key: value for key, value in there[kind].items() if key not in tasks} for kind in kinds}}
+
+
 def joined(there: dict[str, Any], new: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
     """What the results of the tasks that stay and of the new ones were made from."""
     return {**new, **{kind: {**there[kind], **new[kind]} for kind in kinds}}

@@ -10,6 +10,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedConfi
 from common.errors import UserError
 
 HEAD = "classifier"  # what transformers calls the head of its image classifiers
+POSITIONS = "position_bias"  # in the names of layers that get positions and no image, as in SwinV2: not for a mixture
 EXAMPLES = ("BEiT", "ViT", "DeiT", "DINOv2", "Swin", "SigLIP", "CLIP")
 
 
@@ -44,9 +45,10 @@ def in_blocks(model: nn.Module) -> str:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """The linear layers of all blocks: how their names end if no other layer's does so too, else their whole names."""
+    """The linear layers of all blocks that get an image's tokens: how their names end if no other layer's does so too, else
+    their whole names."""
     lists = in_blocks(model)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [name for name in linears if re.match(lists, name)]
+    found = [name for name in linears if re.match(lists, name) and POSITIONS not in name]
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in found))
     return endings if [name for name in linears if name.rpartition(".")[2] in endings] == found else found

@@ -1,0 +1,48 @@
+"""The names of an expert's classes and their order: one check for everything that takes them."""
+
+from collections.abc import KeysView, Mapping, Sequence, Set
+from typing import Any
+
+from ContextGatedMOE.errors import MixtureError
+
+
+def class_lists(classes: Mapping[str, Any] | None) -> dict[str, list[str]] | None:
+    """The classes of every expert as lists, in the order of their heads' outputs; None for None. See `class_names`."""
+    return None if classes is None else {expert: class_names(expert, given) for expert, given in classes.items()}
+
+
+def class_names(expert: str, given: Any) -> list[str]:
+    """Names of an expert's classes as a list: from a sequence of names, or from the `id2label` of a model's configuration.
+
+    Raises MixtureError if they are no names, not different, have no order (a set), or a number of an `id2label` is missing.
+    """
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise MixtureError(f"expert {expert!r} needs one or more different classes, not {given}")
+    if isinstance(given, Set) and not isinstance(given, KeysView):
+        raise MixtureError(f"expert {expert!r} has its classes as a {type(given).__name__}, which has no order; pass a list in "
+                           "the order of its head's outputs")
+    if isinstance(given, Mapping):
+        given = from_id2label(expert, given)
+    own = list(given)
+    for name in own:
+        if not isinstance(name, str):
+            raise MixtureError(f"expert {expert!r} has the class {name!r}, which is no name; pass names, as text")
+    if len(set(own)) < max(1, len(own)):
+        raise MixtureError(f"expert {expert!r} needs one or more different classes, not {', '.join(own) or 'none'}")
+    return own
+
+
+def from_id2label(expert: str, id2label: Mapping[Any, Any]) -> list[Any]:
+    """The names of an `id2label` by their numbers, which are text in a JSON file. Raises MixtureError if one is missing."""
+    numbered = {int(key): name for key, name in id2label.items() if str(key).isdecimal()}
+    if len(numbered) < len(id2label) or sorted(numbered) != list(range(len(id2label))):
+        raise MixtureError(f"expert {expert!r} has its classes as a mapping that is no id2label: its keys are to be the "
+                           f"numbers from 0 to {len(id2label) - 1}")
+    return [numbered[number] for number in range(len(numbered))]
+
+
+def check_order(expert: str, stated: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Raise MixtureError if an adapter states the same classes (`id2label`) in another order than `classes`."""
+    if stated is not None and sorted(stated) == sorted(classes) and list(stated) != list(classes):
+        raise MixtureError(f"expert {expert!r} states its classes in another order than classes=...; pass them in the order of "
+                           f"its id2label: {', '.join(stated)}")

@@ -1,0 +1,92 @@
+"""Names of an adapter's layers: as transformers 4 called them, or with what torch.compile and data parallelism add."""
+
+import copy
+from collections.abc import Mapping
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
+
+from ContextGatedMOE.adapters import MixtureError, plain_layers
+
+PREFIX = "base_model.model."  # before every name in an adapter's file
+# What torch.compile, DistributedDataParallel, FSDP and activation checkpointing call the module that they wrap.
+WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class LayerNames:
+    """Today's names of a model's layers, and those of earlier versions of transformers."""
+
+    def __init__(self, model: nn.Module):
+        inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "mixture_base"))
+        self.layers = {name: layer for name, layer in plain_layers(model).items() if not name.startswith(inside)}
+        self._wrappers = WRAPPERS - {part for name in self.layers for part in name.split(".")}
+        conversions = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+        self._renamings = [part for part in conversions if isinstance(part, WeightRenaming)]
+        self._cuts = [part for part in conversions if isinstance(part, WeightConverter) and _cuts_rows(part)]
+
+    def unwrapped(self, name: str) -> str:
+        """A name without the parts that wrappers of the model have added."""
+        return ".".join(part for part in name.split(".") if part not in self._wrappers)
+
+    def today(self, name: str) -> tuple[str, ...]:
+        """The layers that `name` is today: one, or several where the outputs of one layer are those of several now."""
+        renamed, cut = rename_source_key(f"{name}.weight", self._renamings, self._cuts)
+        if cut is None:
+            return (renamed.removesuffix(".weight"),)
+        targets = next(part.target_patterns for part in self._cuts if cut in part.source_patterns)
+        return tuple(renamed.replace(targets[0], target).removesuffix(".weight") for target in targets)
+
+    def earlier(self, name: str) -> str:
+        """What transformers 4 called the layer `name`."""
+        reverse = [part.reverse_transform() for part in reversed(self._renamings)]
+        return rename_source_key(f"{name}.weight", reverse, [], reverse=True)[0].removesuffix(".weight")
+
+
+def _cuts_rows(conversion: WeightConverter) -> bool:
+    """Whether a conversion cuts one weight into several of as many rows each; for a low-rank update this is a cut of B."""
+    operations = conversion.operations
+    return len(operations) == 1 and isinstance(operations[0], Chunk) and operations[0].dim == 0
+
+
+def in_todays_names(
+    name: str, model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The options and tensors of the expert `name`, layers called as in `model`, whatever they were when it was trained.
+
+    model: the base, which may be that of a mixture. What has today's names already is returned as it is. Raises MixtureError
+    if the options name layers that there are no tensors of.
+    """
+    names = LayerNames(model)
+    found: dict[str, tuple[str, ...]] = {}  # layer without wrappers -> the same today
+    adapted, renamed = set(), {}
+    for key, tensor in tensors.items():
+        plain = names.unwrapped(key).removeprefix(PREFIX)
+        layer, part = (plain.partition(".lora_")[0], True) if ".lora_" in plain else (plain.rpartition(".")[0], False)
+        if layer not in found:
+            found[layer] = (layer,) if layer in names.layers else names.today(layer)
+        adapted |= {layer} if part else set()
+        rest, cut = plain[len(layer):], len(found[layer])
+        parts = [tensor] * cut if ".lora_A." in rest else tensor.chunk(cut)
+        renamed |= {f"{PREFIX}{today}{rest}": own for today, own in zip(found[layer], parts, strict=True)}
+    if renamed.keys() == tensors.keys():
+        return config, dict(tensors)
+    before = {today: layer for layer in sorted(adapted) for today in found[layer]}
+    for layer, module in names.layers.items():
+        targeted = any(check_target_module_exists(config, called) for called in (layer, names.earlier(layer)))
+        if targeted and isinstance(module, nn.Linear) and layer not in before:
+            raise MixtureError(f"expert '{name}' lacks the tensors of '{layer}'; its file is damaged or of another model")
+    config = copy.copy(config)
+    config.target_modules = set(before)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the layers are all named now
+    for pattern, otherwise in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        given = getattr(config, pattern) or {}
+        setattr(config, pattern, {today: given.get(get_pattern_key(given, layer), otherwise)
+                                  for today, layer in before.items()} if given else {})
+    if config.modules_to_save is not None:
+        config.modules_to_save = [today for layer in config.modules_to_save for today in names.today(names.unwrapped(layer))]
+    return config, renamed
