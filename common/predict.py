@@ -10,6 +10,7 @@ from common.cli.flags import PredictConfig
 from common.cli.parser import command
 from common.cli.run import run
 from common.errors import UserError
+from common.output import Output
 from common.tasks import read_tasks
 
 if TYPE_CHECKING:
@@ -23,14 +24,17 @@ BATCH = 16
 MOST_WORKERS = 4  # batches that are answered at once, each in memory with its activations
 ANSWER_COLUMNS = [f"Answer {place}" for place in range(2, ANSWERS + 1)]
 NAME_WIDTH = 24  # of class names on the terminal
+HEADER = r"Image,Predicted Task,Predicted Class,Probability,.*Familiarity\s*"  # of what this command writes to --output
 
 
 def main(config: PredictConfig) -> None:
     """Print what the mixture says of each image as soon as it is known, and write it to --output.
 
-    Raises UserError if there is no mixture or no image; at the end, if some images could not be read.
+    Raises UserError if there is no mixture or no image, or something else is at --output; at the end, if some images could
+    not be read.
     """
     paths = find_images(config.images)
+    output = Output(config.output, HEADER, paths) if config.output else None
     from common import models  # the libraries that take time, once it is known that there is something to do
     from common.training.distributed import device_of
 
@@ -38,22 +42,16 @@ def main(config: PredictConfig) -> None:
     model, processor, device = open_mixture(folder, config), models.load_processor(str(folder)), device_of(config)
     model.to(device)
     width = min(40, max(len(str(path)) for path in paths))
-    rows: list[dict[str, object]] = []
+    count = 0
     for answers in ask(paths, model, processor, device):
-        if answers and not rows:
-            print(as_line({name: name for name in answers[0]}, width))
-        for row in answers:
-            print(as_line(row, width))
-        rows += answers
-        sys.stdout.flush()
-    if config.output and rows:
-        import pandas as pd
-
-        from common.files import write_csv
-
-        write_csv(Path(config.output), pd.DataFrame(rows))
-    if len(rows) < len(paths):
-        raise UserError(f"{len(paths) - len(rows)} of {len(paths)} images could not be read; the lines above name them")
+        if output and answers:
+            output.write(answers)  # first, so that no terminal can lose them
+        if not (output and output.is_stdout):
+            titles = [{name: name for name in row} for row in answers[:1] if not count]
+            print(*(as_line(row, width) for row in [*titles, *answers]), sep="\n", end="\n" * bool(answers), flush=True)
+        count += len(answers)
+    if count < len(paths):
+        raise UserError(f"{len(paths) - count} of {len(paths)} images could not be read; the lines above name them")
 
 
 def finished_mixture(config: PredictConfig) -> Path:

@@ -1,9 +1,15 @@
 """Tests of `python -m common.predict`: a finished mixture asked about image files."""
 
+import os
+import subprocess
+import sys
+import threading
+
 import pandas as pd
 import pytest
 from datasets import load_from_disk
 from PIL import Image
+from pipeline import REPOSITORY, files_in, hashes
 
 from common import predict
 from common.cli.flags import PredictConfig
@@ -11,10 +17,14 @@ from common.cli.parser import parse
 from common.errors import UserError
 
 
+def flags_of(workspace, output, *asked):
+    """The command's flags on a workspace."""
+    return [*map(str, asked), "--root", str(workspace.root), "--device", "cpu", "--output", str(output)]
+
+
 def ask(workspace, output, *asked):
     """Run the command on a workspace; return the table it writes."""
-    flags = ["--root", str(workspace.root), "--device", "cpu", "--output", str(output)]
-    predict.main(parse(PredictConfig, [*map(str, asked), *flags]))
+    predict.main(parse(PredictConfig, flags_of(workspace, output, *asked)))
     return pd.read_csv(output)
 
 
@@ -60,3 +70,52 @@ def test_what_cannot_be_asked_is_one_line(workspace, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             predict.main(parse(PredictConfig, [str(tmp_path / name), "--root", str(root), "--device", "cpu"]))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of more images than are answered at once."""
+    (tmp_path / "photos").mkdir()
+    for number in range(predict.BATCH + 1):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "photos" / f"{number:02}.png")
+    return tmp_path / "photos"
+
+
+def test_nothing_but_answers_of_this_command_is_replaced(workspace, photos, tmp_path):
+    """A FIFO and a link are written into."""
+    photo, empty = photos / "00.png", tmp_path / "empty.png"
+    (tmp_path / "notes.csv").write_text("Image,Mine\n")
+    empty.touch()
+    before = hashes(tmp_path)
+    for output, said in ((photos, "is a folder"), (photo, "is one of the images"), (photos / "01.png", "did not write"),
+                         (tmp_path / "notes.csv", "did not write"), (empty, "is one of the images"),
+                         (workspace.results / "CGM_Lora" / "CGM_Lora_Game.csv", "did not write")):
+        with pytest.raises(UserError, match=f"^--output .* {said}.*; choose another name$"):
+            ask(workspace, output, photo, empty)
+    assert hashes(tmp_path) == before
+    (tmp_path / "link").symlink_to("answers.csv")
+    for _ in range(2):
+        assert len(ask(workspace, tmp_path / "link", photo)) == 1
+    assert (tmp_path / "link").is_symlink() and files_in(tmp_path) - set(before) == {"link", "answers.csv"}
+    os.mkfifo(tmp_path / "fifo")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "fifo").read_text()), daemon=True)
+    reader.start()
+    predict.main(parse(PredictConfig, flags_of(workspace, tmp_path / "fifo", photo)))
+    reader.join()
+    assert read == [(tmp_path / "answers.csv").read_text()] and (tmp_path / "fifo").is_fifo()
+
+
+def test_every_answer_that_was_told_is_in_the_table_however_the_command_ends(workspace, photos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "as_line", lambda row, _: 1 / (row["Image"] != str(photos / f"{predict.BATCH}.png")))
+        with pytest.raises(ZeroDivisionError):
+            ask(workspace, tmp_path / "answers.csv", photos)
+    assert len(pd.read_csv(tmp_path / "answers.csv")) == predict.BATCH + 1
+
+
+def test_stdout_as_output_has_the_table_alone(workspace, photos, tmp_path):
+    command = [sys.executable, "-m", "common.predict", *flags_of(workspace, "/dev/stdout", photos)]
+    with open(tmp_path / "answers.csv", "w") as file:
+        subprocess.run(command, stdout=file, cwd=REPOSITORY, check=True)
+    assert list(pd.read_csv(tmp_path / "answers.csv")["Image"]) == [str(path) for path in sorted(photos.iterdir())]
