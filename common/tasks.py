@@ -111,8 +111,9 @@ def with_those_of(root: str | Path, tasks: Iterable[Task]) -> list[Task]:
 
     Raises UserError if two of them could not be told apart by the names of their files.
     """
-    names = [TASKS_FILE, *(task.dataset_folder for task in DOCUMENTED)]
-    there = read_tasks(root) if any((Path(root) / name).exists() for name in names) else []
+    root = Path(root)
+    there = read_tasks(root) if (root / TASKS_FILE).exists() else [
+        task for task in DOCUMENTED if (root / task.dataset_folder).exists()]  # as earlier versions left a root
     every = [*({task.key: task for task in there} | {task.key: task for task in tasks}).values()]
     _check_names(every, "--task")
     return every

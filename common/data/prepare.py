@@ -21,7 +21,7 @@ from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_s
 from common.data.tables import local_parquet_source, saved_source
 from common.errors import UserError
 from common.files import locked, tidy, write_json, writing
-from common.tasks import DOCUMENTED, HUB, Task, place, with_those_of
+from common.tasks import HUB, Task, place, read_tasks, with_those_of
 
 GENERATED = "generated"  # the source of the demo's images
 EARLIER = {"hub_choice": "clustered"}  # settings that manifests of earlier versions do not have
@@ -33,7 +33,7 @@ def planned(config: PreparationConfig) -> list[Task]:
         tasks = config.own_tasks()
         with_those_of(config.root, tasks)  # what speaks against their names is to be known before the work
         return tasks
-    return with_those_of(config.root, []) or list(DOCUMENTED)
+    return read_tasks(config.root)
 
 
 def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
