@@ -10,6 +10,7 @@ from common.cli.flags import PredictConfig
 from common.cli.parser import command
 from common.cli.run import run
 from common.errors import UserError
+from common.files import read_json
 from common.output import Output
 from common.tasks import read_tasks
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor
 
+    from common.data.images import Levels
     from ContextGatedMOE import ContextGatedMOE, Prediction
 
 ANSWERS = 4  # the first, and the three next
@@ -43,7 +45,7 @@ def main(config: PredictConfig) -> None:
     model.to(device)
     width = min(40, max(len(str(path)) for path in paths))
     count = 0
-    for answers in ask(paths, model, processor, device):
+    for answers in ask(paths, model, processor, device, known_levels(folder)):
         if output and answers:
             output.write(answers)  # first, so that no terminal can lose them
         if not (output and output.is_stdout):
@@ -101,9 +103,20 @@ def find_images(names: list[str]) -> list[Path]:
     return found
 
 
-def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProcessor", device: "torch.device"
-        ) -> Iterator[list[dict[str, object]]]:
+def known_levels(folder: Path) -> "list[Levels]":
+    """The grey levels of those tasks of the mixture in `folder` that have images of more than 8 bits, as far as is known."""
+    from common.provenance import PROVENANCE_FILE
+
+    path = folder / PROVENANCE_FILE  # which a mixture that was saved by its own method does not have
+    by_task = read_json(path, "delete it or give another --mixture").get("grey_levels", {}) if path.exists() else {}
+    return [(low, high) for low, high in filter(None, by_task.values())]
+
+
+def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProcessor", device: "torch.device",
+        levels: "list[Levels]") -> Iterator[list[dict[str, object]]]:
     """Rows of the table, batch by batch in the order of the images. Those that are damaged are named and left out.
+
+    levels: of grey, of the tasks' images of more than 8 bits.
 
     Every batch is read, made what the model takes, and answered by one of a few threads: between small operations, threads
     that share one batch would mostly wait for each other.
@@ -114,25 +127,28 @@ def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProces
     from common.data.threads import CORES, in_order
 
     def answer_batch(batch: list[Path]) -> tuple[list[dict[str, object]], list[str]]:
-        names, images, damaged = [], [], []
+        names, images, remarks = [], [], []
         for path in batch:
             try:
-                images.append(open_image(path))
-                names.append(path)
+                image, remark = open_image(path, levels)
             except DamagedImage as error:
-                damaged.append(f"{path} is no image that can be read: {error}")
+                remarks.append(f"{path} is no image that can be read: {error}")
+                continue
+            names.append(path)
+            images.append(image)
+            remarks += [f"{path}: {remark}"] if remark else []
         if not names:
-            return [], damaged
+            return [], remarks
         pixels = processor(images, return_tensors="pt").pixel_values
-        return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), damaged
+        return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), remarks
 
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     workers, threads = min(CORES, MOST_WORKERS, len(batches)), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
         with ThreadPoolExecutor(workers) as pool:
-            for answers, damaged in in_order(pool, answer_batch, batches):
-                print(*damaged, sep="\n", end="\n" * bool(damaged), file=sys.stderr, flush=True)
+            for answers, remarks in in_order(pool, answer_batch, batches):
+                print(*remarks, sep="\n", end="\n" * bool(remarks), file=sys.stderr, flush=True)
                 yield answers
     finally:
         torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pandas as pd
 import pytest
 from datasets import load_from_disk
@@ -15,6 +16,7 @@ from common import predict
 from common.cli.flags import PredictConfig
 from common.cli.parser import parse
 from common.errors import UserError
+from common.files import read_json, write_json
 
 
 def flags_of(workspace, output, *asked):
@@ -58,6 +60,19 @@ def test_any_image_that_can_be_prepared_can_be_asked_about(workspace, tmp_path):
         image.save(tmp_path / name)
     answers = ask(workspace, tmp_path / "answers.csv", *(tmp_path / name for name in kinds))
     assert len(answers) == len(kinds)
+
+
+def test_grey_of_more_than_8_bits_is_read_as_the_tasks_images_were(mutable, tmp_path, capsys):
+    path = mutable.root / "fire_dataset" / "manifest.json"
+    write_json(path, read_json(path, "") | {"grey_levels": [0, 65535]})
+    mutable.run("CGM_Lora", "--overwrite")
+    Image.new("I;16", (40, 40), 51 * 257).save(tmp_path / "deep.png")
+    Image.new("L", (40, 40), 51).save(tmp_path / "grey.png")
+    answers = ask(mutable, tmp_path / "answers.csv", tmp_path / "deep.png", tmp_path / "grey.png")
+    assert list(answers.iloc[0])[1:] == list(answers.iloc[1])[1:] and capsys.readouterr().err == ""
+    Image.fromarray(np.full((40, 40), 1e6, dtype=np.float32)).save(tmp_path / "float.tiff")
+    ask(mutable, tmp_path / "answers.csv", tmp_path / "float.tiff")
+    assert "float.tiff: its grey levels, 0 to 1e+06, are cut off at" in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked_is_one_line(workspace, tmp_path):

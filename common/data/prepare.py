@@ -154,5 +154,5 @@ def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str],
     near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
     return {
         "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
-        "own_splits": own_splits(own), "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
+        "own_splits": own_splits(own), "grey_levels": images.levels, "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
     }
