@@ -91,7 +91,8 @@ def test_names_in_zips_as_people_have_them(tmp_path):
     assert next(source.read([0])).read_bytes() == png(0, 1)  # the later one of two counts, as when it is unpacked
 
 
-SPLIT_COUNTS = {"train": [6, 8], "val": [2, 1], "test": [3, 4]}
+SPLIT_COUNTS = {"train": [6, 8], "partial-train": [6, 8], "val": [2, 1], "test": [3, 4], "extra": [3, 2]}
+WRITTEN_TO = {"partial-train": "train", "val": "validation"}
 
 
 def split_images(*splits):
@@ -108,12 +109,18 @@ def split_folders(folder, *splits):
     return folder
 
 
-def test_a_split_of_the_source_s_own_is_kept(tmp_path):
-    """From folders, zips, Parquet files and saved datasets; what is missing is cut from train, by the seed and by class."""
+def test_a_split_of_the_source_s_own_is_kept(tmp_path, capsys):
+    """From folders, zips, Parquet files and saved datasets; what is missing is cut from train, by the seed and by class.
+
+    What stands beside it under another name is left out, and told of.
+    """
     for splits, kept, wanted in (
         (("train", "val", "test"), ["train", "validation", "test"], {"train": 14, "validation": 3, "test": 7}),
         (("train", "test"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
         (("train", "val"), ["train", "validation"], {"train": 10, "validation": 3, "test": 4}),
+        (("train", "test", "extra"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
+        (("partial-train", "test"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
+        (("train", "extra"), [], {"train": 9, "validation": 2, "test": 3}),
         (("train",), [], {"train": 9, "validation": 2, "test": 3}),
     ):
         top, images = tmp_path / "_".join(splits), split_images(*splits)
@@ -123,8 +130,11 @@ def test_a_split_of_the_source_s_own_is_kept(tmp_path):
         for name, table in tables.items():
             write_parquet(top / "parquet" / f"{name}-00000-of-00001.parquet", table)
             write_parquet(top / "parquet folders" / name / "0.parquet", table)
+            write_parquet(top / "parquet names" / f"pets_{name}.parquet", table)
         sources = {"f": folders, "z": zip_of(top / "a.zip", folders), "s": top / "saved", "p": top / "parquet",
-                   "q": top / "parquet folders"}
+                   "q": top / "parquet folders", "r": top / "parquet names"}
+        if splits == ("train", "extra"):  # of folders it could be two classes
+            sources = dict([*sources.items()][2:])
         made = run(top / "root", "--task", *[f"{key}={source}" for key, source in sources.items()])
         for key, manifest in made.items():
             assert (manifest["own_splits"], manifest["images"]) == (kept, wanted), (splits, key)
@@ -134,12 +144,13 @@ def test_a_split_of_the_source_s_own_is_kept(tmp_path):
                 found[name] = {((red - 10) // 20, index) for red, index, _ in corners}
                 assert {label for label, _ in found[name]} == {0, 1}
             assert len(set().union(*found.values())) == sum(wanted.values())
-            assert found["train"] <= set(images["train"])
-            for name, own in images.items():
-                assert name == "train" or found["validation" if name == "val" else name] == set(own)
+            assert found["train"] <= set(images[splits[0]])
+            for name, own in [*images.items()][1:]:
+                assert found.get(WRITTEN_TO.get(name, name), set(own)) == set(own)
+        assert (capsys.readouterr().out.count("5 images are in no split called train") == len(sources)) == ("extra" in splits)
 
 
-def test_the_split_flag_decides(tmp_path):
+def test_the_split_flag_decides(tmp_path, capsys):
     """--split random pools what a source has split; the documented tasks always do, unless --split own is given."""
     source = split_folders(tmp_path / "source", "train", "val", "test")
     anew = {"train": 15, "validation": 4, "test": 5}
@@ -148,6 +159,9 @@ def test_the_split_flag_decides(tmp_path):
     assert prepared(tmp_path / "3", source, "--split", "own", count="all")["own_splits"] == ["train", "validation", "test"]
     few = run(tmp_path / "4", "--task", f"a={source}", "--images_per_class", "6")["a"]
     assert few["images"] == {"train": 6, "validation": 2, "test": 4}  # 3, 1, 2 of 6, 2, 3; as many of 8, 1, 4
+    assert "cut anew" not in capsys.readouterr().out
+    run(tmp_path / "6", "--task", f"b={split_folders(tmp_path / 'no train', 'val', 'test')}")
+    assert "b: none of its splits is called train" in capsys.readouterr().out
     shutil.rmtree(source / "test" / "class 1")
     with pytest.raises(UserError, match="class 'class 1' has 0 images in test, fewer than 1; .*--split random"):
         run(tmp_path / "5", "--task", f"a={source}")

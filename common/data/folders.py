@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.data.images import ImageFile, image_endings
-from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, some, split_number
+from common.data.sources import NO_LABEL, NO_SPLIT, TRAIN, Source, ordered, readable, some, split_number
 from common.errors import UserError
 from common.files import is_unicode
 
@@ -183,7 +183,9 @@ def _by_folders(images: list[File], others: list[File], where: str, metadata: li
     while len({file.parts[skipped] for file in images}) == 1 and min(len(file.parts) for file in images) > skipped + 2:
         skipped += 1
     tops = ordered(file.parts[skipped] for file in images if len(file.parts) > skipped + 1)
-    split = bool(tops) and all(split_number(top) != NO_SPLIT for top in tops)
+    known = {split_number(top) for top in tops} - {NO_SPLIT}
+    split = bool(tops) and all(split_number(top) != NO_SPLIT for top in tops) or (  # or splits beside folders of other names
+        len(known) > 1 and TRAIN in known and all(len(file.parts) == skipped + 3 for file in images))
     depth = skipped + 1 + split  # where an image's name is
     elsewhere = [str(file) for file in images if len(file.parts) != depth + 1]
     if elsewhere and not split and all(len(file.parts) == depth + 2 for file in images):

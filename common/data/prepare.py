@@ -15,7 +15,7 @@ from common.data.generated import demo_source
 from common.data.hub import hub_source
 from common.data.images import image_endings
 from common.data.reading import Images, read_images
-from common.data.sources import NO_LABEL, NO_SPLIT, Source, some
+from common.data.sources import NO_LABEL, NO_SPLIT, SPLITS, TRAIN, Source, some
 from common.data.splits import FEWEST, choose, grouped_split, own_splits, random_split
 from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_splits
 from common.data.tables import local_parquet_source, saved_source
@@ -86,7 +86,10 @@ def _as_asked(task: Task, config: PreparationConfig) -> Task:
 
 
 def _opened(task: Task, config: PreparationConfig) -> Source:
-    """A task's source, without its own split unless that is to be kept; what of it cannot be used is told."""
+    """A task's source, without its own split unless that is to be kept; what of it cannot be used is told.
+
+    Where its own train is kept, what is in no split that has a name of one is left out.
+    """
     if task.source.startswith(HUB):
         source = hub_source(task)
     elif task.source != GENERATED:
@@ -97,9 +100,16 @@ def _opened(task: Task, config: PreparationConfig) -> Source:
         source = demo_source(task, config.seed, int(config.number_of_images(task)))
     if lost := (source.labels == NO_LABEL).sum():
         print(f"{task.name}: {lost:,} images have no label and are left out", flush=True)
-    labelled = np.where(source.labels == NO_LABEL, NO_SPLIT, source.splits)
-    keep = config.split_of(task) == "own" and own_splits(labelled)
-    return replace(source, splits=labelled if keep else np.full_like(labelled, NO_SPLIT))
+    splits = np.where(source.labels == NO_LABEL, NO_SPLIT, source.splits)
+    labels, own = source.labels, config.split_of(task) == "own"
+    if own and TRAIN in splits:
+        labels = np.where(splits == NO_SPLIT, NO_LABEL, labels)
+        if left := (labels != source.labels).sum():
+            print(f"{task.name}: {left:,} images are in no split called {', '.join(SPLITS)} and are left out; --split random "
+                  "cuts all images anew", flush=True)
+    elif own and (splits != NO_SPLIT).any():
+        print(f"{task.name}: none of its splits is called train, so all images are cut anew", flush=True)
+    return replace(source, labels=labels, splits=splits if own and own_splits(splits) else np.full_like(splits, NO_SPLIT))
 
 
 def local_source(path: Path, where: str) -> Source:

@@ -21,18 +21,25 @@ ROWS_AT_ONCE = 32  # an image may have a megabyte
 
 
 def local_parquet_source(paths: Sequence[Path], top: Path, where: str, kind: str) -> Source:
-    """Parquet files on this machine, each of the split that its name or a folder below `top` says, if all say one."""
-    splits = [_split_of(path.relative_to(top)) for path in paths]
-    if NO_SPLIT in splits:
-        splits = [NO_SPLIT] * len(paths)
+    """Parquet files on this machine, each of the split that its name or a folder below `top` says.
+
+    Raises UserError, beginning with `where`, if they are several configurations of a dataset, or cannot be read.
+    """
+    splits, around = zip(*(_split_of(path.relative_to(top)) for path in paths), strict=True)
+    found = {folder for folder, split in zip(around, splits, strict=True) if split != NO_SPLIT}
+    if len(found) > 1:
+        raise UserError(f"{where} has splits in several folders ({', '.join(sorted(str(folder) for folder in found))}); give one")
     source = parquet_source(paths, splits, _open_local, partial(readable, where, kind), where)
     return replace(source, blocks=np.zeros_like(source.labels))  # to read of many row groups costs little here
 
 
-def _split_of(path: Path) -> int:
-    """By a folder, or the beginning of the file's name as in train-00000-of-00003.parquet."""
-    words = [*path.parts[:-1], re.split(r"[-_.]", path.name)[0]]
-    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT)
+def _split_of(path: Path) -> tuple[int, Path]:
+    """By a folder, or a word of the file's name as in train-00000-of-00003.parquet; and the folder that all splits are in."""
+    for folder in [*reversed(path.parents)][1:]:
+        if (number := split_number(folder.name)) != NO_SPLIT:
+            return number, folder.parent
+    words = re.split(r"[\W\d_]+", path.name)
+    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT), path.parent
 
 
 def parquet_source(
