@@ -84,13 +84,13 @@ def open_mixture(folder: Path, config: PredictConfig) -> "ContextGatedMOE":
 
 def find_images(names: list[str]) -> list[Path]:
     """The image files that are given, and those in the folders that are given. Raises UserError if there are none."""
-    from common.data.images import image_endings
+    from common.data.walk import walk
 
     found: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in image_endings() and file.is_file()]
+            inside = [path.joinpath(*file.parts) for file in walk(path) if file.is_image]
             if not inside:
                 raise UserError(f"{path} holds no images")
             found += inside

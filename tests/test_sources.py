@@ -1,5 +1,6 @@
 """Tests of sources on this machine: the same images from every layout, and a split of the source's own."""
 
+import os
 import re
 import shutil
 import struct
@@ -12,12 +13,25 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from hub import FIRE_CLASSES, image_dataset, png
-from image_sources import LAYOUTS, all_identities, changed_file, opened, prepared, run, write_folders, write_parquet, zip_of
+from image_sources import (
+    IMAGES,
+    LAYOUTS,
+    all_identities,
+    changed_file,
+    one_parquet,
+    opened,
+    prepared,
+    run,
+    write_folders,
+    write_parquet,
+    zip_of,
+)
 from PIL import Image as PILImage
 
 from common.data.prepare import local_source
 from common.data.sources import NO_LABEL
 from common.errors import UserError
+from common.predict import find_images
 
 
 def test_every_layout_gives_the_same_data(tmp_path, capsys):
@@ -43,6 +57,37 @@ def test_classes_that_are_numbers_are_in_order_of_number_and_a_link_in_a_circle_
         assert source.classes == ["0", "1", "2", "10", "11"] and len(source.labels) == 25
 
 
+def with_links_and_hidden_files(folder, files):
+    """Folders a and b, which is a link, with these files each; links that lead back, a FIFO, and what systems put there."""
+    (folder / "a").mkdir(parents=True)
+    top = folder.with_name(f"{folder.name} elsewhere")
+    for name in ("b", "one", "two"):
+        (top / name).mkdir(parents=True)
+    (folder / "b").symlink_to(top / "b")
+    for link, target in ((top / "one" / "in", top / "two"), (top / "two" / "in", top / "one"), (folder / "a" / "in", top / "one"),
+                         (top / "b" / "up", folder)):
+        link.symlink_to(target)
+    for name, content in files.items():
+        for place in (folder / "a", top / "b", folder / ".ipynb_checkpoints", folder / "__MACOSX", folder / "a" / "@eaDir"):
+            place.mkdir(exist_ok=True)
+            (place / name).write_bytes(content)
+        (folder / "a" / f"._{name}").write_bytes(b"Mac OS X")
+        os.mkfifo(folder / "a" / f"fifo of {name}")
+    return folder
+
+
+def test_preparation_and_predict_find_the_same_files(tmp_path):
+    """Those behind links, each once; none that is hidden or no file on a disk."""
+    images = with_links_and_hidden_files(tmp_path / "images", {f"{index}.png": png(0, index) for index in range(5)})
+    source = local_source(images, "")
+    assert (source.classes, len(source.labels)) == (["a", "b"], 10)
+    wanted = [images / label / f"{index}.png" for label in "ab" for index in range(5)]
+    assert find_images([str(images)]) == wanted
+    one_parquet(tmp_path)
+    tables = with_links_and_hidden_files(tmp_path / "tables", {"all.parquet": (tmp_path / "all.parquet").read_bytes()})
+    assert len(local_source(tables, "").labels) == 2 * len(IMAGES)
+
+
 def test_what_has_no_label_or_is_no_image_is_told_of(tmp_path, capsys):
     """No value, NaN, -1 or a number that has no name where names are known; endings that no image has, but for hidden files."""
     images = [png(label, index) for label in range(3) for index in range(7)]
@@ -62,7 +107,7 @@ def test_what_has_no_label_or_is_no_image_is_told_of(tmp_path, capsys):
     assert [sum(manifest["images"].values()) for manifest in made.values()] == [14, 14]
     told = capsys.readouterr().out
     assert "a: 7 images have no label and are left out" in told
-    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 .db, 1 no ending" in told
+    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 no ending, 1 .db" in told
 
 
 def test_names_in_zips_as_people_have_them(tmp_path):

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.images import ImageFile, image_endings
 from common.data.sources import NO_LABEL, NO_SPLIT, TRAIN, Source, ordered, readable, some, split_number
+from common.data.walk import File, hidden
 from common.errors import UserError
 from common.files import is_unicode
 
@@ -26,22 +26,6 @@ UTF8_NAME = 0x800  # the flag of an entry of a zip whose name is UTF-8
 UNICODE_PATH = 0x7075  # the extra field that has the name as UTF-8 where the name itself is in an older encoding
 ENCRYPTED = 1
 COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
-
-
-@dataclass(frozen=True)
-class File:
-    """A file below the source. parts: the folders that lead to it, from the source down, and its name."""
-
-    parts: tuple[str, ...]
-    content: ImageFile
-
-    @property
-    def ending(self) -> str:
-        """`.png`, in lower case."""
-        return Path(self.parts[-1]).suffix.lower()
-
-    def __str__(self) -> str:
-        return "/".join(self.parts)
 
 
 @dataclass(frozen=True)
@@ -68,33 +52,13 @@ class _ZipMember:
         return f"{self.archive.filename}/{self.name}"
 
 
-def folder_source(folder: Path, where: str) -> Source:
-    """Images in a folder. Raises UserError, beginning with `where`, if their labels are not clear or one would be left out."""
-    with readable(where, "a folder"):
-        return _source(list(_walked(folder)), where)
-
-
 def zip_source(path: Path, where: str) -> Source:
     """Images in a zip, read in place: nothing is unpacked, so none of its paths can lead anywhere else. Raises as above."""
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{where} cannot be read as a zip ({error})") from error
-    return _source(list(_entries(archive, where)), where)
-
-
-def _walked(folder: Path) -> Iterator[File]:
-    """Every file below a folder, links followed; hidden ones are none."""
-    def fail(error: OSError) -> None:
-        raise error
-
-    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        here = os.path.realpath(top)
-        folders[:] = [name for name in folders if not _hidden(name)  # a link to a folder it is in has no end
-                      and not f"{here}/".startswith(f"{os.path.realpath(os.path.join(top, name))}/")]
-        path = Path(top)
-        names += [name for name in folders if Path(name).suffix.lower() in image_endings() and not os.listdir(path / name)]
-        yield from (File((*path.relative_to(folder).parts, name), path / name) for name in names if not _hidden(name))
+    return files_source(list(_entries(archive, where)), where)
 
 
 def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
@@ -103,7 +67,7 @@ def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
     for entry in archive.infolist():
         name = _name(entry)
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
-        if entry.is_dir() or name.endswith("/") or not parts or any(map(_hidden, (part for part in parts if part != ".."))):
+        if entry.is_dir() or name.endswith("/") or not parts or any(map(hidden, (part for part in parts if part != ".."))):
             continue
         if name.startswith("/") or ".." in parts:
             outside.append(name)
@@ -113,7 +77,7 @@ def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
         if entry.compress_type not in COMPRESSIONS:
             raise UserError(f"{where} is compressed in a way that Python does not read ({name}); unpack it and give the folder")
         file = File(parts, _ZipMember(archive, entry, "/".join(parts)))
-        if entry.file_size > LARGEST_IMAGE and file.ending in image_endings():
+        if entry.file_size > LARGEST_IMAGE and file.is_image:
             raise UserError(f"{where} holds {name} of {entry.file_size / 1e9:.0f} GB, too large for an image; remove it")
         found[parts] = file
     if outside:
@@ -138,15 +102,13 @@ def _name(entry: zipfile.ZipInfo) -> str:
     return name.partition("\0")[0].replace("\\", "/")
 
 
-def _hidden(name: str) -> bool:
-    """What systems put beside files: .DS_Store, ._00.png, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
+def files_source(files: list[File], where: str) -> Source:
+    """The images among the files of a folder or a zip; those that are passed over are told of.
 
-
-def _source(files: list[File], where: str) -> Source:
-    """Find out the labels, and say which files are passed over."""
-    images = [file for file in files if file.ending in image_endings()]
-    others = [file for file in files if file.ending not in image_endings()]
+    Raises UserError, beginning with `where`, if their labels are not clear or an image would be left out.
+    """
+    images = [file for file in files if file.is_image]
+    others = [file for file in files if not file.is_image]
     if not images:
         endings = f"; its files end in {', '.join(sorted({file.ending or 'nothing' for file in others}))}" if others else ""
         raise UserError(f"{where} has neither subfolders with images nor Parquet files nor a saved dataset{endings}")

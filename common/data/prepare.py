@@ -10,15 +10,15 @@ import numpy as np
 
 from common.cli.flags import PreparationConfig
 from common.data import duplicates
-from common.data.folders import folder_source, zip_source
+from common.data.folders import files_source, zip_source
 from common.data.generated import demo_source
 from common.data.hub import hub_source
-from common.data.images import image_endings
 from common.data.reading import Images, read_images
 from common.data.sources import NO_LABEL, NO_SPLIT, SPLITS, TRAIN, Source, some
 from common.data.splits import FEWEST, choose, grouped_split, own_splits, random_split
 from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_splits
 from common.data.tables import local_parquet_source, saved_source
+from common.data.walk import File, walk
 from common.errors import UserError
 from common.files import locked, tidy, write_json, writing
 from common.tasks import HUB, Task, place, read_tasks, with_those_of
@@ -123,17 +123,17 @@ def local_source(path: Path, where: str) -> Source:
         if zipfile.is_zipfile(path):
             return zip_source(path, where)
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "Parquet or a zip"
-        return local_parquet_source([path], path.parent, where, kind)
+        return local_parquet_source([File((path.name,), path)], where, kind)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return saved_source(path, where)
-    parquet = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith("."))
+    files = list(walk(path))
+    parquet = [file for file in files if file.ending == ".parquet"]
     if not parquet:
-        return folder_source(path, where)
-    images = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.suffix.lower() in image_endings()]
-    if images := [name for name in images if not name.startswith(".")]:
-        raise UserError(f"{where} holds Parquet files ({some([file.name for file in parquet])}) and images ({some(images)}); "
+        return files_source(files, where)
+    if images := [str(file) for file in files if file.is_image]:
+        raise UserError(f"{where} holds Parquet files ({some([str(file) for file in parquet])}) and images ({some(images)}); "
                         "give a folder of one of them")
-    return local_parquet_source(parquet, path, where, "Parquet")
+    return local_parquet_source(parquet, where, "Parquet")
 
 
 def _tell_of_blocks(source: Source, classes: list[str], rows: np.ndarray, task: Task) -> None:

@@ -15,21 +15,22 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_dat
 
 from common.data.images import Encoded
 from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, split_number
+from common.data.walk import File
 from common.errors import UserError
 
 ROWS_AT_ONCE = 32  # an image may have a megabyte
 
 
-def local_parquet_source(paths: Sequence[Path], top: Path, where: str, kind: str) -> Source:
-    """Parquet files on this machine, each of the split that its name or a folder below `top` says.
+def local_parquet_source(files: Sequence[File], where: str, kind: str) -> Source:
+    """Parquet files on this machine, each of the split that its name or a folder that leads to it says.
 
     Raises UserError, beginning with `where`, if they are several configurations of a dataset, or cannot be read.
     """
-    splits, around = zip(*(_split_of(path.relative_to(top)) for path in paths), strict=True)
+    splits, around = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
     found = {folder for folder, split in zip(around, splits, strict=True) if split != NO_SPLIT}
     if len(found) > 1:
         raise UserError(f"{where} has splits in several folders ({', '.join(sorted(str(folder) for folder in found))}); give one")
-    source = parquet_source(paths, splits, _open_local, partial(readable, where, kind), where)
+    source = parquet_source([file.content for file in files], splits, _open_local, partial(readable, where, kind), where)
     return replace(source, blocks=np.zeros_like(source.labels))  # to read of many row groups costs little here
 
 
