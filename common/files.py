@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,16 @@ def write_csv(path: Path, table: "pd.DataFrame", float_format: str = "%.6f") -> 
     """Write a table without its index, numbers with six decimals unless `float_format` says otherwise."""
     with writing(path) as part:
         table.to_csv(part, index=False, float_format=float_format, lineterminator="\n", encoding="utf-8")
+
+
+def read_csv(path: Path, texts: Iterable[str]) -> "pd.DataFrame":
+    """Read a table that this project wrote: the columns `texts` as texts, whatever they look like, all others as numbers."""
+    import pandas as pd
+
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    numbers = [name for name in table if name not in set(texts)]
+    table[numbers] = table[numbers].apply(pd.to_numeric)
+    return table
 
 
 def is_unicode(text: str) -> bool:
