@@ -73,6 +73,11 @@ BAD_SOURCES = {
     "endings": (lambda f: moved(f, ".heic"), r"the folder low has no images, only 12 files that end in \.heic; convert"),
     "unlisted": (lambda f: with_file(metadata_csv(f), "images/new.png"), r"leaves out 1 images \(images/new.png\)"),
     "gone": (lambda f: (metadata_csv(f) / "images/0_00.png").unlink() or f, r"lists 1 images .* not there \(images/0_00.png\)"),
+    "two labels": (lambda f: with_file(metadata_csv(f), "images/metadata.csv", b"file_name,label\n0_00.png,low\n"),
+                   r"images/0_00.png as 'low', which is listed as 'high' too|metadata.csv lists images/0_00.png as 'high'"),
+    "several labels": (lambda f: with_file(f / "images", "0.png", png(0, 0)).parent and with_file(
+        f, "metadata.jsonl", b'{"file_name": "images/0.png", "label": ["cat", "pet"]}\n'),
+        r"metadata.jsonl, images/0.png: a label is \['cat', 'pet'\], not the name of one class; give every"),
     "no JSON": (lambda f: with_file(write_folders(f), "metadata.jsonl"), r"metadata.jsonl cannot be read as a table"),
     "parquet and images": (lambda f: one_parquet(write_folders(f)).parent, "holds Parquet files .* and images .*give a folder"),
     "no zip": (lambda f: with_file(f, "a.zip", b"PK\3\4") / "a.zip", "cannot be read as Parquet or a zip"),

@@ -1,9 +1,11 @@
 """Tests of sources on this machine: the same images from every layout, and a split of the source's own."""
 
+import json
 import os
 import re
 import shutil
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -108,6 +110,24 @@ def test_what_has_no_label_or_is_no_image_is_told_of(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "a: 7 images have no label and are left out" in told
     assert "passed over 4 files that are no images by their endings: 2 .txt, 1 no ending, 1 .db" in told
+
+
+def test_one_class_has_one_name_however_it_is_written(tmp_path):
+    """Composed or not, with spaces and no-break spaces around it: by folders, metadata, tables and flags."""
+    spellings = ["caf\u00e9", "cafe\u0301", "caf\u00e9 ", "\u00a0caf\u00e9"]
+    folders = write_folders(tmp_path / "folders", [*spellings, "tea"], 6)
+    rows = [{"file_name": unicodedata.normalize("NFC", f"{name}/{index:02d}.png"), "label": name}
+            for name in [*spellings[1:], "tea"] for index in range(6)]
+    listed = write_folders(tmp_path / "listed", [*spellings[1:], "tea"], 6)
+    (listed / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    images, numbers = [png(0, 0)] * 30, [number for number in range(5) for _ in range(6)]
+    texts = Dataset.from_dict({"image": images, "label": [[*spellings, "tea"][number] for number in numbers]})
+    for source in (folders, listed, write_parquet(tmp_path / "named.parquet", image_dataset([*spellings, "tea"], 6)),
+                   write_parquet(tmp_path / "texts.parquet", texts)):
+        found = local_source(source, "")
+        assert found.classes == ["caf\u00e9", "tea"] and Counter(found.labels)[1] == 6, source
+    made = run(tmp_path / "root", "--task", f"e\u0301={folders}", "--classes", "e\u0301=cafe\u0301 ,tea")["\u00e9"]
+    assert made["classes"] == prepared(tmp_path / "root", folders, "--fire_classes", "cafe\u0301", "tea", count=6)["classes"]
 
 
 def test_names_in_zips_as_people_have_them(tmp_path):

@@ -18,6 +18,7 @@ from common.data.sources import NO_LABEL, NO_SPLIT, TRAIN, Source, ordered, read
 from common.data.walk import File, hidden
 from common.errors import UserError
 from common.files import is_unicode
+from common.tasks import class_name
 
 LARGEST_IMAGE = 2**30  # bytes in a zip, where a small file may unpack to any size
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -127,7 +128,7 @@ def files_source(files: list[File], where: str) -> Source:
 
 
 def _sorted_by_class(labelled: list[Labelled], where: str) -> Source:
-    named = [replace(image, label=image.label and unicodedata.normalize("NFC", image.label)) for image in labelled]
+    named = [replace(image, label=class_name(image.label)) for image in labelled]
     classes = ordered(image.label for image in named if image.label is not None)
     for name in classes:
         if not is_unicode(name):
@@ -185,12 +186,18 @@ def _rows(file: File, where: str) -> list[dict[str, Any]]:
 
 def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], where: str) -> list[Labelled]:
     """Labels by tables of file names, each relative to the folder the table is in; the split by a folder of such a name."""
-    labels = {}
+    labels: dict[str, str | None] = {}
     for table, rows in tables.items():
         for row in rows:
-            path = os.path.normpath("/".join([*table.parts[:-1], str(row["file_name"]).replace("\\", "/")]))
-            labels[path] = None if row["label"] in (None, "") else str(row["label"])
-    paths = [str(file) for file in images]
+            path = _composed(os.path.normpath("/".join([*table.parts[:-1], str(row["file_name"]).replace("\\", "/")])))
+            try:
+                label = class_name(row["label"])
+            except ValueError as error:
+                raise UserError(f"{where}: {table}, {path}: {error}; give every image one label") from error
+            if labels.setdefault(path, label) != label:
+                raise UserError(f"{where}: {table} lists {path} as {label!r}, which is listed as {labels[path]!r} too; keep one "
+                                "of these rows")
+    paths = [_composed(str(file)) for file in images]
     if missing := sorted(set(labels) - set(paths)):
         raise UserError(f"{where}: {some([str(table) for table in tables])} lists {len(missing):,} images that are not there "
                         f"({some(missing)})")
@@ -200,3 +207,8 @@ def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], w
     splits = [next((number for part in file.parts[:-1] if (number := split_number(part)) != NO_SPLIT), NO_SPLIT)
               for file in images]
     return [Labelled(file, labels[path], split) for file, path, split in zip(images, paths, splits, strict=True)]
+
+
+def _composed(path: str) -> str:
+    """A path as NFC: of two that look alike, macOS writes the one and a spreadsheet the other."""
+    return unicodedata.normalize("NFC", path)

@@ -21,7 +21,7 @@ from common.data.tables import local_parquet_source, saved_source
 from common.data.walk import File, walk
 from common.errors import UserError
 from common.files import locked, tidy, write_json, writing
-from common.tasks import HUB, Task, place, read_tasks, with_those_of
+from common.tasks import HUB, Task, class_name, place, read_tasks, with_those_of
 
 GENERATED = "generated"  # the source of the demo's images
 EARLIER = {"hub_choice": "clustered"}  # settings that manifests of earlier versions do not have
@@ -81,8 +81,9 @@ def _as_asked(task: Task, config: PreparationConfig) -> Task:
     if not task.demo:
         return task
     source = getattr(config, f"{task.key}_source")
+    classes = getattr(config, f"{task.key}_classes")
     source = place(source) if source else GENERATED if config.demo else task.source
-    return replace(task, source=source, classes=tuple(getattr(config, f"{task.key}_classes")))
+    return replace(task, source=source, classes=tuple(filter(None, map(class_name, classes))))
 
 
 def _opened(task: Task, config: PreparationConfig) -> Source:
@@ -164,5 +165,6 @@ def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str],
     near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
     return {
         "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
-        "own_splits": own_splits(own), "grey_levels": images.levels, "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
+        "own_splits": own_splits(own), "grey_levels": images.levels, "damaged": len(labels) - len(kept),
+        "near_duplicates_in_test": int(near.sum()),
     }

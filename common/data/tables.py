@@ -17,6 +17,7 @@ from common.data.images import Encoded
 from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, split_number
 from common.data.walk import File
 from common.errors import UserError
+from common.tasks import class_name
 
 ROWS_AT_ONCE = 32  # an image may have a megabyte
 
@@ -148,13 +149,15 @@ def _class_labels(values: Iterable[Any], feature: Any) -> tuple[list[str], np.nd
 
     A row without a value, or with a number that no class has, as -1 in test splits whose labels are kept back, has no label.
     """
-    if not isinstance(feature, ClassLabel):
-        values = [None if value is None or value != value else str(value) for value in values]  # NaN is not itself
-        feature = ClassLabel(names=ordered(value for value in values if value is not None))
-    known = {name: number for number, name in enumerate(feature.names)}
-    numbers = {number: number for number in range(len(feature.names))}
-    labels = [known.get(value, NO_LABEL) if isinstance(value, str) else numbers.get(value, NO_LABEL) for value in values]
-    return feature.names, np.array(labels, dtype=np.int64)
+    if isinstance(feature, ClassLabel):
+        named = dict(enumerate(map(class_name, feature.names)))
+        classes = list(dict.fromkeys(filter(None, named.values())))
+        names = [class_name(value) if isinstance(value, str) else named.get(value) for value in values]
+    else:
+        names = [class_name(value) for value in values]
+        classes = ordered(filter(None, names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, np.array([numbers.get(name, NO_LABEL) for name in names], dtype=np.int64)
 
 
 def _encoded(image: Any) -> Encoded:
