@@ -184,6 +184,12 @@ def read_csv(path: Path, texts: Iterable[str]) -> "pd.DataFrame":
     return table
 
 
+def check_unchained(path: str | Path, where: str) -> None:
+    """Raise UserError, beginning with `where`, for a path that `datasets` would take for two, one inside the other."""
+    if "::" in os.path.abspath(path):
+        raise UserError(f"{where} has '::' in its path, by which datasets means two places; choose or rename the folder")
+
+
 def is_unicode(text: str) -> bool:
     """False for the name of a file or a folder that holds bytes that are no UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

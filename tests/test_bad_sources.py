@@ -88,6 +88,7 @@ BAD_SOURCES = {
     "zip bomb": (lambda f: changed_file(zipped(f), *SIZES), r"high/.*\.png of 3 GB, too large"),
     "two configurations": (lambda f: [one_parquet(f / name / "train") for name in "ab"][0].parents[2],
                            r"has splits in several folders \(a, b\); give one"),
+    "two addresses": (lambda f: saved_dataset(f / "a::b"), "a::b has '::' in its path, by which .*; choose or rename"),
     "half saved": (lambda f: cut(next(saved_dataset(f).glob("*.arrow")), 5000).parent, "cannot be read as a saved dataset"),
     "cut row": (lambda f: changed_row(f, {"bytes": png(1, 5)[:50], "path": None}), "row 17 of fire risk is damaged"),
     "empty row": (lambda f: changed_row(f, None), "no image in row 17 of fire risk"),

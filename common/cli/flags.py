@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from common.errors import UserError
-from common.files import is_unicode
+from common.files import check_unchained, is_unicode
 from common.tasks import Task, own_tasks
 
 DEMO_BACKBONE = Path(__file__).parents[1] / "demo" / "backbone"
@@ -42,6 +42,7 @@ class RunFlags:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and not is_unicode(text):
                     raise UserError(f"--{name} {text} is no UTF-8; rename it")
+        check_unchained(self.root, f"--root {self.root}")
         try:
             there = os.stat(self.root)
         except FileNotFoundError:

@@ -17,6 +17,7 @@ from common.data.images import Encoded
 from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, split_number
 from common.data.walk import File
 from common.errors import UserError
+from common.files import check_unchained
 from common.tasks import class_name
 
 ROWS_AT_ONCE = 32  # an image may have a megabyte
@@ -110,6 +111,7 @@ def _open_local(path: Path) -> pq.ParquetFile:
 def saved_source(folder: Path, where: str) -> Source:
     """A Dataset or all splits of a DatasetDict that `save_to_disk` wrote."""
     kind = "a saved dataset"
+    check_unchained(folder, where)
 
     def opened() -> dict[str, Dataset]:
         with readable(where, kind):
