@@ -130,8 +130,8 @@ def test_one_class_has_one_name_however_it_is_written(tmp_path):
     assert made["classes"] == prepared(tmp_path / "root", folders, "--fire_classes", "cafe\u0301", "tea", count=6)["classes"]
 
 
-def test_names_in_zips_as_people_have_them(tmp_path):
-    """UTF-8 without the flag for it, an extra field that has it, code page 437, backslashes, ./ in front, a name twice."""
+def test_names_in_zips_as_people_have_them(tmp_path, capsys):
+    """UTF-8 without the flag for it, an extra field that has it, code pages, backslashes, ./ in front, a name twice."""
     folder = write_folders(tmp_path / "source", ["hoch", "mäßig"])
     plain = zip_of(tmp_path / "plain.zip", folder)
     paths = [plain, zip_of(tmp_path / "backslashes.zip", folder, lambda name: name.replace("/", "\\")),
@@ -153,7 +153,18 @@ def test_names_in_zips_as_people_have_them(tmp_path):
     for path in paths:
         source = local_source(path, "")
         assert (source.classes, len(source.labels)) == (["hoch", "mäßig"], 24), path.name
+        guessed = path.stem == "cp437"
+        assert ("names are not in UTF-8 and read as code page 437 (mäßig/00.png" in capsys.readouterr().out) == guessed
     assert next(source.read([0])).read_bytes() == png(0, 1)  # the later one of two counts, as when it is unpacked
+    path = changed_file(zip_of(tmp_path / "cp866.zip", folder, partial(re.sub, "mäßig", "mmmm")), b"mmmm", "мера".encode("cp866"))
+    assert local_source(path, "", "cp866").classes == ["hoch", "мера"] and not capsys.readouterr().out
+    source = local_source(path, "", "cp866")
+    assert next(source.read([12])).read_bytes() == png(1, 0)
+    flags = ("--task", f"a={path}", "--images_per_class", "6")
+    assert run(tmp_path / "root", *flags, "--zip_encoding", "cp866")["a"]["classes"] == ["hoch", "мера"]
+    for encoding, said in (("utf-8", "not in utf-8"), ("cp0", "--zip_encoding cp0 is no code page"), ("gbk", "was made with zip")):
+        with pytest.raises(UserError, match=said):
+            run(tmp_path / ("root" if encoding == "gbk" else "other"), *flags, "--zip_encoding", encoding)
 
 
 SPLIT_COUNTS = {"train": [6, 8], "partial-train": [6, 8], "val": [2, 1], "test": [3, 4], "extra": [3, 2]}

@@ -1,5 +1,6 @@
 """The settings of every script: one dataclass per script over shared groups of flags, which refuses what makes no sense."""
 
+import codecs
 import os
 import re
 import stat
@@ -152,6 +153,7 @@ class SourceFlags:
                      "so that little is fetched, but what lies together comes together; uniform fetches more, gives every "
                      "image the same chance"
     )
+    zip_encoding: str | None = option(None, "code page of the file names in a .zip that does not tell it, such as cp866 or gbk")
     skip_damaged: bool = option(False, "leave damaged images out and say how many; by default the first one ends the run")
 
     def __post_init__(self) -> None:
@@ -159,6 +161,10 @@ class SourceFlags:
         number = self.images_per_class
         if number not in ("auto", "all") and not (number.isdecimal() and int(number) >= 5):
             raise UserError(f"--images_per_class must be 'all' or a number of at least 5, not {number}")
+        try:
+            codecs.lookup(self.zip_encoding or "utf-8")
+        except LookupError as error:
+            raise UserError(f"--zip_encoding {self.zip_encoding} is no code page that Python knows; cp866 and gbk are") from error
         for name in ("fire_source", "game_source", "fire_classes", "game_classes"):
             if self.task and getattr(self, name):
                 raise UserError(f"--{name} is of the documented tasks, whose place those of --task take; leave one of them out")

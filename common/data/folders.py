@@ -53,10 +53,15 @@ class _ZipMember:
         return f"{self.archive.filename}/{self.name}"
 
 
-def zip_source(path: Path, where: str) -> Source:
-    """Images in a zip, read in place: nothing is unpacked, so none of its paths can lead anywhere else. Raises as above."""
+def zip_source(path: Path, where: str, encoding: str | None) -> Source:
+    """Images in a zip, read in place: nothing is unpacked, so none of its paths can lead anywhere else.
+
+    encoding: of names that do not tell it. Raises UserError, as `files_source` does, or if the zip cannot be read.
+    """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path, metadata_encoding=encoding)
+    except UnicodeError as error:
+        raise UserError(f"{where} has names that are not in {encoding} ({error}); give another --zip_encoding") from error
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{where} cannot be read as a zip ({error})") from error
     return files_source(list(_entries(archive, where)), where)
@@ -64,9 +69,9 @@ def zip_source(path: Path, where: str) -> Source:
 
 def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
     """Every file in a zip. Of two of one name the later counts, as it does when the zip is unpacked."""
-    found, outside = {}, []
+    found, outside, guessed = {}, [], []
     for entry in archive.infolist():
-        name = _name(entry)
+        name, sure = _name(entry, archive.metadata_encoding)
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
         if entry.is_dir() or name.endswith("/") or not parts or any(map(hidden, (part for part in parts if part != ".."))):
             continue
@@ -81,26 +86,33 @@ def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
         if entry.file_size > LARGEST_IMAGE and file.is_image:
             raise UserError(f"{where} holds {name} of {entry.file_size / 1e9:.0f} GB, too large for an image; remove it")
         found[parts] = file
+        guessed += [] if sure else [name]
+    if guessed:
+        print(f"{where}: {len(guessed):,} names are not in UTF-8 and read as code page 437 ({some(guessed)}); if they look "
+              "wrong, add --zip_encoding with the one they were written in, such as cp866 or gbk", flush=True)
     if outside:
         print(f"{where}: passed over {len(outside)} entries whose paths lead out of the zip ({some(outside)})", flush=True)
     yield from found.values()
 
 
-def _name(entry: zipfile.ZipInfo) -> str:
-    """The name of an entry of a zip, which Python takes for code page 437 wherever the zip does not say UTF-8."""
-    name = entry.orig_filename
+def _name(entry: zipfile.ZipInfo, encoding: str | None) -> tuple[str, bool]:
+    """The name of an entry of a zip, and whether that is sure.
+
+    Wherever the zip does not say UTF-8, Python takes names for those of `encoding` or, without, of code page 437.
+    """
+    name, sure = entry.orig_filename, True
     if not entry.flag_bits & UTF8_NAME:
-        raw, extra = name.encode("cp437"), entry.extra
+        raw, extra = name.encode(encoding or "cp437"), entry.extra
         while len(extra) >= 4:
             kind, size = (int.from_bytes(extra[start : start + 2], "little") for start in (0, 2))
             if kind == UNICODE_PATH and size > 5:  # after a version and a checksum of the other name
-                raw = extra[9 : 4 + size]
+                raw, encoding = extra[9 : 4 + size], None
             extra = extra[4 + size :]
         try:
-            name = raw.decode()
+            name = name if encoding else raw.decode()
         except UnicodeDecodeError:
-            pass  # code page 437 it is
-    return name.partition("\0")[0].replace("\\", "/")
+            sure = False
+    return name.partition("\0")[0].replace("\\", "/"), sure
 
 
 def files_source(files: list[File], where: str) -> Source:

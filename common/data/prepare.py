@@ -48,6 +48,7 @@ def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
         "demo": config.demo, "source": task.source.removeprefix(HUB), "seed": config.seed,
         "split": config.split_of(task), "hub_choice": config.hub_choice, "images_per_class": config.number_of_images(task),
         "requested_classes": list(task.classes),
+        "zip_encoding": config.zip_encoding if task.source.lower().endswith(".zip") else None,
     }
     with locked(folder.parent):
         tidy(folder)
@@ -94,7 +95,7 @@ def _opened(task: Task, config: PreparationConfig) -> Source:
     if task.source.startswith(HUB):
         source = hub_source(task)
     elif task.source != GENERATED:
-        source = local_source(Path(task.source), task.source_flag)
+        source = local_source(Path(task.source), task.source_flag, config.zip_encoding)
     elif config.images_per_class == "all":
         raise UserError("--images_per_class all needs a source with an end; --demo can generate any number, say how many")
     else:
@@ -113,16 +114,16 @@ def _opened(task: Task, config: PreparationConfig) -> Source:
     return replace(source, labels=labels, splits=splits if own and own_splits(splits) else np.full_like(splits, NO_SPLIT))
 
 
-def local_source(path: Path, where: str) -> Source:
-    """Open a folder of images, a zip of it, a saved Dataset or DatasetDict, or Parquet files. where: begins messages.
+def local_source(path: Path, where: str, zip_encoding: str | None = None) -> Source:
+    """Open a folder of images, a zip of it, a saved Dataset or DatasetDict, or Parquet files.
 
-    Raises UserError if there is nothing of the kind, or it cannot be read.
+    where: begins messages. zip_encoding: of names in a zip that do not tell it. Raises UserError if there is nothing of the kind, or it cannot be read.
     """
     if not path.exists():
         raise UserError(f"{where} does not exist")
     if path.is_file():
         if zipfile.is_zipfile(path):
-            return zip_source(path, where)
+            return zip_source(path, where, zip_encoding)
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "Parquet or a zip"
         return local_parquet_source([File((path.name,), path)], where, kind)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
