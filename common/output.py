@@ -60,7 +60,8 @@ class Output:
         except OSError as error:
             if self.is_stdout:
                 raise
-            raise UserError(f"--output {self.path} cannot be written ({error.strerror}); make room or choose another") from error
+            raise UserError(f"--output {self.path} cannot be written ({error.strerror}); make room or choose another"
+                            ) from error
 
 
 def _is_stdout(path: Path) -> bool:

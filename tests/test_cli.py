@@ -134,7 +134,8 @@ def test_a_script_ends_with_its_status_and_a_line_where_there_is_something_to_sa
 
 def test_a_terminal_that_cannot_show_a_character_ends_nothing(ended):
     """Nor does a path that is no UTF-8."""
-    for then, encoding, out in (("print('\\u68ee \\udcff')", "ascii", "\\u68ee \\udcff\n"), ("print('\\udcff')", "utf-8", "\\udcff\n")):
+    for then, encoding, out in (("print('\\u68ee \\udcff')", "ascii", "\\u68ee \\udcff\n"),
+                                ("print('\\udcff')", "utf-8", "\\udcff\n")):
         assert ended(then, PYTHONIOENCODING=encoding) == (0, out, "")
     alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "1", "LOCAL_RANK": "0"}
     assert ended("import common.cli.processes", "--seed", "-1", "--root", "\u68ee", PYTHONIOENCODING="ascii", **alone)[0] == 2

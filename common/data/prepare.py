@@ -117,7 +117,8 @@ def _opened(task: Task, config: PreparationConfig) -> Source:
 def local_source(path: Path, where: str, zip_encoding: str | None = None) -> Source:
     """Open a folder of images, a zip of it, a saved Dataset or DatasetDict, or Parquet files.
 
-    where: begins messages. zip_encoding: of names in a zip that do not tell it. Raises UserError if there is nothing of the kind, or it cannot be read.
+    where: begins messages. zip_encoding: of names in a zip that do not tell it. Raises
+    UserError if there is nothing of the kind, or it cannot be read.
     """
     if not path.exists():
         raise UserError(f"{where} does not exist")

@@ -31,7 +31,7 @@ def local_parquet_source(files: Sequence[File], where: str, kind: str) -> Source
     splits, around = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
     found = {folder for folder, split in zip(around, splits, strict=True) if split != NO_SPLIT}
     if len(found) > 1:
-        raise UserError(f"{where} has splits in several folders ({', '.join(sorted(str(folder) for folder in found))}); give one")
+        raise UserError(f"{where} has splits in several folders ({', '.join(sorted(map(str, found)))}); give one")
     source = parquet_source([file.content for file in files], splits, _open_local, partial(readable, where, kind), where)
     return replace(source, blocks=np.zeros_like(source.labels))  # to read of many row groups costs little here
 
