@@ -34,7 +34,8 @@ def main(config: MixtureConfig) -> None:
             rows = results.write_joint_test(tasks, predictions, "CGM_Lora", "Context-gated mixture", fitted, trained)
             results.write_history(fitted.history, "CGM_Lora", "Context-gated mixture, all tasks")
             results.write_routing(tasks, routes, "CGM_Lora_Routing", "Routing of the mixture")
-            models.save(folder, model, processor, results.made_from)
+            levels = {"grey_levels": {data.task.key: data.grey_levels for data in tasks}}  # for whoever asks it
+            models.save(folder, model, processor, results.made_from | levels)
             forget(results)
             results.finish(rows)
         if config.compare:

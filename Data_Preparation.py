@@ -20,6 +20,7 @@ def main(config: PreparationConfig) -> None:
     tasks = planned(config)
     for task in tasks:
         manifest = prepare(task, config)
+        every = add_tasks(config.root, [task] if config.task else tasks)  # at once: a later one may fail
         counts = ", ".join(f"{count} {name}" for name, count in manifest["images"].items())
         print(f"{task.name}: {counts} images of {', '.join(manifest['classes'])}")
         print(f"  from {manifest['source']}, in {Path(config.root) / task.dataset_folder}")
@@ -28,7 +29,6 @@ def main(config: PreparationConfig) -> None:
         near = manifest["near_duplicates_in_test"]
         print(f"  test images with a near-duplicate in train: {near} of {manifest['images']['test']}"
               f"{'; --split grouped keeps such on one side' if near else ''}")
-    every = add_tasks(config.root, tasks)
     if len(every) > len(tasks):
         print(f"{config.root} holds the tasks {', '.join(task.key for task in every)}")
 

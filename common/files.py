@@ -1,10 +1,14 @@
 """Files that are whole or not there at all: atomic writing, locks, JSON, CSV."""
 
 import errno
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOCK_FILE = ".lock"
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # in names, which may not be long
+LONGEST_IDLE = 24 * 3600  # seconds
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 
@@ -26,15 +32,18 @@ JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole nu
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, for a file or a folder; move it into place if the block succeeds.
 
+    The path is this process's own: another one that writes `path`, where no lock keeps it out, has its own.
+
     Raises UserError, naming `path`, if the disk does not take it; what was there before is then still there. Errors of the
     block that are not of the disk pass through.
     """
-    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    part, old = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.part"), path.with_name(f".{path.name}.old")
     in_block = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
-        remove(part)
+        for left in (part, *_abandoned(path.parent, path.name)):
+            remove(left)
         try:
             in_block = True
             yield part
@@ -86,16 +95,37 @@ def tidy(path: Path) -> None:
     """Undo what a killed run left half-way of one file or folder; only for who holds a lock on it."""
     old = recover(path).with_name(f".{path.name}.old")
     remove(old)
-    remove(path.with_name(f".{path.name}.part"))
+    for part in _abandoned(path.parent, path.name):
+        remove(part)
 
 
 def sweep(folder: Path) -> None:
-    """Undo, in a folder and all below it, what a killed run left half-way; only for who holds the folder's lock."""
+    """Undo, in a folder and all below it, what a killed run left half-way; only for who holds the folder's lock.
+
+    What a run is still writing, as it may be where locks do not hold, stays.
+    """
     for old in list(folder.rglob(".*.old")):
         recover(old.with_name(old.name[1:].removesuffix(".old")))
         remove(old)
-    for part in list(folder.rglob(".*.part")):
+    for part in _abandoned(folder):
         remove(part)
+
+
+def _abandoned(folder: Path, name: str = "") -> list[Path]:
+    """The unfinished files whose process has ended: those of `name` in a folder, or all in it and below it.
+
+    Whether one on another machine has ended cannot be known, so those of others are left until nothing changed for a day.
+    """
+    import psutil  # here, so that --help is there at once
+
+    found = []
+    for part in folder.glob(f".{glob.escape(name)}.*.part") if name else folder.rglob(".*.part"):
+        host, _, process = part.name.split(".")[-2].rpartition("-")
+        with suppress(FileNotFoundError):  # it was finished just now
+            idle = time.time() - part.lstat().st_mtime
+            if not psutil.pid_exists(int(process)) if host == HOST else idle > LONGEST_IDLE:
+                found.append(part)
+    return found
 
 
 @contextmanager
@@ -172,6 +202,22 @@ def write_csv(path: Path, table: "pd.DataFrame", float_format: str = "%.6f") -> 
     """Write a table without its index, numbers with six decimals unless `float_format` says otherwise."""
     with writing(path) as part:
         table.to_csv(part, index=False, float_format=float_format, lineterminator="\n", encoding="utf-8")
+
+
+def read_csv(path: Path, texts: Iterable[str]) -> "pd.DataFrame":
+    """Read a table that this project wrote: the columns `texts` as texts, whatever they look like, all others as numbers."""
+    import pandas as pd
+
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    numbers = [name for name in table if name not in set(texts)]
+    table[numbers] = table[numbers].apply(pd.to_numeric)
+    return table
+
+
+def check_unchained(path: str | Path, where: str) -> None:
+    """Raise UserError, beginning with `where`, for a path that `datasets` would take for two, one inside the other."""
+    if "::" in os.path.abspath(path):
+        raise UserError(f"{where} has '::' in its path, by which datasets means two places; choose or rename the folder")
 
 
 def is_unicode(text: str) -> bool:

@@ -10,12 +10,15 @@ from common.cli.flags import PredictConfig
 from common.cli.parser import command
 from common.cli.run import run
 from common.errors import UserError
+from common.files import read_json
+from common.output import Output
 from common.tasks import read_tasks
 
 if TYPE_CHECKING:
     import torch
     from transformers import BaseImageProcessor
 
+    from common.data.images import Levels
     from ContextGatedMOE import ContextGatedMOE, Prediction
 
 ANSWERS = 4  # the first, and the three next
@@ -23,14 +26,17 @@ BATCH = 16
 MOST_WORKERS = 4  # batches that are answered at once, each in memory with its activations
 ANSWER_COLUMNS = [f"Answer {place}" for place in range(2, ANSWERS + 1)]
 NAME_WIDTH = 24  # of class names on the terminal
+HEADER = r"Image,Predicted Task,Predicted Class,Probability,.*Familiarity\s*"  # of what this command writes to --output
 
 
 def main(config: PredictConfig) -> None:
     """Print what the mixture says of each image as soon as it is known, and write it to --output.
 
-    Raises UserError if there is no mixture or no image; at the end, if some images could not be read.
+    Raises UserError if there is no mixture or no image, or something else is at --output; at the end, if some images could
+    not be read.
     """
     paths = find_images(config.images)
+    output = Output(config.output, HEADER, paths) if config.output else None
     from common import models  # the libraries that take time, once it is known that there is something to do
     from common.training.distributed import device_of
 
@@ -38,22 +44,16 @@ def main(config: PredictConfig) -> None:
     model, processor, device = open_mixture(folder, config), models.load_processor(str(folder)), device_of(config)
     model.to(device)
     width = min(40, max(len(str(path)) for path in paths))
-    rows: list[dict[str, object]] = []
-    for answers in ask(paths, model, processor, device):
-        if answers and not rows:
-            print(as_line({name: name for name in answers[0]}, width))
-        for row in answers:
-            print(as_line(row, width))
-        rows += answers
-        sys.stdout.flush()
-    if config.output and rows:
-        import pandas as pd
-
-        from common.files import write_csv
-
-        write_csv(Path(config.output), pd.DataFrame(rows))
-    if len(rows) < len(paths):
-        raise UserError(f"{len(paths) - len(rows)} of {len(paths)} images could not be read; the lines above name them")
+    count = 0
+    for answers in ask(paths, model, processor, device, known_levels(folder)):
+        if output and answers:
+            output.write(answers)  # first, so that no terminal can lose them
+        if not (output and output.is_stdout):
+            titles = [{name: name for name in row} for row in answers[:1] if not count]
+            print(*(as_line(row, width) for row in [*titles, *answers]), sep="\n", end="\n" * bool(answers), flush=True)
+        count += len(answers)
+    if count < len(paths):
+        raise UserError(f"{len(paths) - count} of {len(paths)} images could not be read; the lines above name them")
 
 
 def finished_mixture(config: PredictConfig) -> Path:
@@ -84,13 +84,13 @@ def open_mixture(folder: Path, config: PredictConfig) -> "ContextGatedMOE":
 
 def find_images(names: list[str]) -> list[Path]:
     """The image files that are given, and those in the folders that are given. Raises UserError if there are none."""
-    from common.data.images import image_endings
+    from common.data.walk import walk
 
     found: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in image_endings() and file.is_file()]
+            inside = [path.joinpath(*file.parts) for file in walk(path) if file.is_image]
             if not inside:
                 raise UserError(f"{path} holds no images")
             found += inside
@@ -103,9 +103,20 @@ def find_images(names: list[str]) -> list[Path]:
     return found
 
 
-def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProcessor", device: "torch.device"
-        ) -> Iterator[list[dict[str, object]]]:
+def known_levels(folder: Path) -> "list[Levels]":
+    """The grey levels of those tasks of the mixture in `folder` that have images of more than 8 bits, as far as is known."""
+    from common.provenance import PROVENANCE_FILE
+
+    path = folder / PROVENANCE_FILE  # which a mixture that was saved by its own method does not have
+    by_task = read_json(path, "delete it or give another --mixture").get("grey_levels", {}) if path.exists() else {}
+    return [(low, high) for low, high in filter(None, by_task.values())]
+
+
+def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProcessor", device: "torch.device",
+        levels: "list[Levels]") -> Iterator[list[dict[str, object]]]:
     """Rows of the table, batch by batch in the order of the images. Those that are damaged are named and left out.
+
+    levels: of grey, of the tasks' images of more than 8 bits.
 
     Every batch is read, made what the model takes, and answered by one of a few threads: between small operations, threads
     that share one batch would mostly wait for each other.
@@ -116,25 +127,28 @@ def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProces
     from common.data.threads import CORES, in_order
 
     def answer_batch(batch: list[Path]) -> tuple[list[dict[str, object]], list[str]]:
-        names, images, damaged = [], [], []
+        names, images, remarks = [], [], []
         for path in batch:
             try:
-                images.append(open_image(path))
-                names.append(path)
+                image, remark = open_image(path, levels)
             except DamagedImage as error:
-                damaged.append(f"{path} is no image that can be read: {error}")
+                remarks.append(f"{path} is no image that can be read: {error}")
+                continue
+            names.append(path)
+            images.append(image)
+            remarks += [f"{path}: {remark}"] if remark else []
         if not names:
-            return [], damaged
+            return [], remarks
         pixels = processor(images, return_tensors="pt").pixel_values
-        return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), damaged
+        return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), remarks
 
     batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
     workers, threads = min(CORES, MOST_WORKERS, len(batches)), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
         with ThreadPoolExecutor(workers) as pool:
-            for answers, damaged in in_order(pool, answer_batch, batches):
-                print(*damaged, sep="\n", end="\n" * bool(damaged), file=sys.stderr, flush=True)
+            for answers, remarks in in_order(pool, answer_batch, batches):
+                print(*remarks, sep="\n", end="\n" * bool(remarks), file=sys.stderr, flush=True)
                 yield answers
     finally:
         torch.set_num_threads(threads)

@@ -55,12 +55,25 @@ DOCUMENTED = (
 )
 
 
+def class_name(value: Any) -> str | None:
+    """The name of a class, however a source or a flag writes it: in NFC, without spaces around it; None where there is none.
+
+    Raises ValueError if it is not one name, as a list is.
+    """
+    if isinstance(value, list | tuple | dict):
+        raise ValueError(f"a label is {value}, not the name of one class")
+    if value is None or value != value:  # NaN is not itself
+        return None
+    text = value.decode() if isinstance(value, bytes) else str(value)
+    return unicodedata.normalize("NFC", text).strip() or None
+
+
 def own_tasks(sources: Iterable[str], classes: Iterable[str]) -> list[Task]:
     """The tasks of `--task NAME=SOURCE` and `--classes NAME=a,b,c`. Raises UserError if one of them makes no sense."""
     chosen: dict[str, tuple[str, ...]] = {}
     for entry in classes:
-        name, _, listed = entry.partition("=")
-        names = tuple(part.strip() for part in listed.split(","))
+        name, _, listed = unicodedata.normalize("NFC", entry).partition("=")
+        names = tuple(class_name(part) or "" for part in listed.split(","))
         if not all(names):
             raise UserError(f"--classes takes NAME=class,class,..., not {entry}")
         if chosen.setdefault(name, names) is not names:
@@ -111,8 +124,9 @@ def with_those_of(root: str | Path, tasks: Iterable[Task]) -> list[Task]:
 
     Raises UserError if two of them could not be told apart by the names of their files.
     """
-    names = [TASKS_FILE, *(task.dataset_folder for task in DOCUMENTED)]
-    there = read_tasks(root) if any((Path(root) / name).exists() for name in names) else []
+    root = Path(root)
+    there = read_tasks(root) if (root / TASKS_FILE).exists() else [
+        task for task in DOCUMENTED if (root / task.dataset_folder).exists()]  # as earlier versions left a root
     every = [*({task.key: task for task in there} | {task.key: task for task in tasks}).values()]
     _check_names(every, "--task")
     return every

@@ -17,6 +17,8 @@ from common import models
 from common.cli.flags import SCRIPTS, RunFlags
 from common.cli.parser import parse
 from common.data.tensors import TaskData, load_task
+from common.files import read_csv
+from common.results.metrics import NAMES
 from common.tasks import read_tasks
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,7 +84,7 @@ class Workspace:
 
     def predictions(self, method: str, title: str) -> pd.DataFrame:
         """The table of predictions of a method on the task of this title."""
-        return pd.read_csv(self.results / method / f"{PREDICTIONS[method]}_{title}.csv", keep_default_na=False)
+        return read_csv(self.results / method / f"{PREDICTIONS[method]}_{title}.csv", NAMES)
 
     def summary(self) -> pd.DataFrame:
         """The summary of all scripts."""

@@ -132,6 +132,16 @@ def test_a_script_ends_with_its_status_and_a_line_where_there_is_something_to_sa
     assert ended("raise KeyboardInterrupt", "--overwrite")[2].endswith("; run the same command without --overwrite to go on\n")
 
 
+def test_a_terminal_that_cannot_show_a_character_ends_nothing(ended):
+    """Nor does a path that is no UTF-8."""
+    for then, encoding, out in (("print('\\u68ee \\udcff')", "ascii", "\\u68ee \\udcff\n"),
+                                ("print('\\udcff')", "utf-8", "\\udcff\n")):
+        assert ended(then, PYTHONIOENCODING=encoding) == (0, out, "")
+    alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "1", "LOCAL_RANK": "0"}
+    assert ended("import common.cli.processes", "--seed", "-1", "--root", "\u68ee", PYTHONIOENCODING="ascii", **alone)[0] == 2
+    assert ended("raise UserError('\\u68ee')", PYTHONIOENCODING="ascii") == (2, "", "script.py: \\u68ee\n")
+
+
 def test_output_that_cannot_be_written_is_told(ended):
     """Nothing that was printed is lost without a word: not at the end, nor in the middle, nor beside another error."""
     line = "script.py: stdout cannot be written (No space left on device); send it elsewhere and run the same command again\n"
@@ -172,7 +182,7 @@ def test_memory_of_large_tensors_is_kept_for_the_next_ones():
 def test_root_must_be_a_folder(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    for root in ("file", "file/below", "loop", "x" * 300):
-        with pytest.raises(UserError, match="--root .*; choose another"):
+    for root in ("file", "file/below", "loop", "x" * 300, "a::b", "a::b/c"):
+        with pytest.raises(UserError, match="--root .*; choose "):
             parse(RunFlags, ["--root", str(tmp_path / root)])
     assert parse(RunFlags, ["--root", str(tmp_path / "new")]).root == str(tmp_path / "new")

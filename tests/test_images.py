@@ -7,6 +7,9 @@ from datasets import Image
 from image_sources import opened, prepared, write_folders
 from PIL import Image as PILImage
 
+from common.data.images import open_image
+from common.files import read_json
+
 COLOURS = [  # mode, pixel, file format, whether that pixel is transparent, and what is to be seen of it
     ("1", 1, "PNG", False, (255, 255, 255)),
     ("L", 77, "PNG", False, (77, 77, 77)),
@@ -68,13 +71,30 @@ def test_every_image_becomes_upright_rgb_of_its_colour_and_rgb_files_are_kept_by
 
 
 def test_grey_of_more_than_8_bits_has_one_range_in_the_whole_set(tmp_path, capsys):
-    """That of the data: 12 bits in a file of 16 become 8, equal levels in all images alike; fractions and negatives too."""
+    """That of the data: 12 bits in a file of 16 become 8, equal levels in all images alike; fractions and negatives too.
+
+    Who knows the range, as `predict` does, reads any one image as it is in the set.
+    """
     ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     for scale, told in ((lambda values: values, "0 to 4095"), (lambda values: values * 16, "0 to 65535"),
+                        (lambda values: values.astype(np.int32) * 100, "0 to 409500"),
                         (lambda values: (values / 2047.5 - 1).astype(np.float32), "-1 to 1")):
-        levels = {"half": scale(np.full((64, 64), 2048, dtype=np.uint16)), "ramp": scale(ramp)}
-        images = decoded(tmp_path / told, {name: saved(PILImage.fromarray(image), "TIFF") for name, image in levels.items()})
+        levels = {"half": scale(np.full((64, 64), 2048, dtype=np.uint16)), "ramp": scale(ramp), "dark": scale(ramp // 9)}
+        files = {name: saved(PILImage.fromarray(image), "TIFF") for name, image in levels.items()}
+        images = decoded(tmp_path / told, files)
+        known = read_json(tmp_path / told / "fire_dataset" / "manifest.json", "")["grey_levels"]
+        for name, content in files.items():
+            image, remark = open_image(content, [known])
+            assert (np.asarray(image) == np.asarray(images[name])).all() and not remark, (told, name)
         shown = np.asarray(images["ramp"])[..., 0]
         assert (shown.min(), shown.max(), len(np.unique(shown))) == (0, 255, 256), told
         assert (np.asarray(images["half"]) == shown[32, 0]).all() and shown[32, 0] in (127, 128), told
-        assert f"grey levels {told} of 10 images became 0 to 255" in capsys.readouterr().out
+        assert f"grey levels {told} of 15 images became 0 to 255" in capsys.readouterr().out
+
+
+def test_an_image_of_several_possible_levels_is_read_by_the_narrowest_that_hold_it():
+    """By the widest if none do, which is told; by its own if none are known."""
+    for value, known, wanted, told in ((900, [(0, 65535), (0, 4095)], 56, False), (5000, [(0, 4095), (0, 65535)], 19, False),
+                                       (5000, [(0, 1023), (0, 4095)], 255, True), (900, [], 224, False)):
+        image, remark = open_image(saved(PILImage.new("I;16", (4, 4), value), "PNG"), known)
+        assert (image.getpixel((0, 0))[0], bool(remark)) == (wanted, told), (value, known)

@@ -2,13 +2,14 @@
 
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
 from pipeline import files_in, hashes
 
 from common.errors import UserError
-from common.files import locked, recover, writing
+from common.files import HOST, LONGEST_IDLE, locked, recover, sweep, tidy, writing
 
 
 def crash(action, call=0):
@@ -48,6 +49,26 @@ def test_whenever_writing_is_killed_the_old_or_the_new_content_is_there(tmp_path
             put(target, inner, "old")
             assert (target / inner).read_text() == "old" and os.listdir(target.parent) == ["model"]
         assert call > least
+
+
+def test_what_another_run_is_writing_stays_where_locks_do_not_hold(tmp_path):
+    """It is swept away once its process has ended or, of another machine, nothing changed for long."""
+    target = tmp_path / "models" / "model"
+    with writing(target) as part:
+        (tmp_path / "models" / "other").mkdir()
+        for process, goes in ((os.getppid(), False), (2**22 + 1, True)):  # no number of a process is as high
+            for name, idle, stays in ((f"{HOST}-{process}", 0, not goes), (f"elsewhere-{process}", 0, True),
+                                      (f"elsewhere-{process}", 2 * LONGEST_IDLE, False)):
+                other = part.with_name(f".model.{name}.part")
+                for clean in (lambda: sweep(tmp_path), lambda: tidy(target), lambda: put(target, "", "new")):
+                    other.write_text("half")
+                    os.utime(other, (time.time() - idle,) * 2)
+                    clean()
+                    assert other.exists() == stays, (name, idle)
+                other.unlink(missing_ok=True)
+                part.write_text("mine")
+        part.write_text("mine")
+    assert target.read_text() == "mine" and sorted(os.listdir(tmp_path / "models")) == ["model", "other"]
 
 
 def test_a_lock_ends_with_its_process_and_does_not_live_on_in_the_processes_of_a_pool(tmp_path):

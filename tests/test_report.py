@@ -4,6 +4,7 @@ import base64
 import itertools
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -143,6 +144,25 @@ def test_the_page_shows_what_the_mixture_got_wrong_and_was_least_sure_of(place, 
         assert 0 < wrong.sum() < len(table) and f"Wrong: {wrong.sum()} of {len(table)}" in page.text
         assert [attributes["alt"] for attributes in page.all("img") if "test image" in attributes["alt"]
                 and attributes["alt"].startswith(name)] == expected
+
+
+def test_names_that_look_like_numbers_are_names(place, tasks, tmp_path):
+    """Of tasks, classes, layers and methods."""
+    numbered = [replace(data, task=replace(data.task, key=key, title=key, name=key), classes=["1", "02", "3.0", "NA"])
+                for data, key in zip(tasks, ("01", "2"), strict=True)]
+    for data, own in zip(tasks, numbered, strict=True):
+        (tmp_path / own.task.dataset_folder).symlink_to(place.root / data.task.dataset_folder)
+    with Results(place.config("CGM_Lora", "--root", str(tmp_path)), "CGM_Lora", "CGM_Lora") as results:
+        results.finished(numbered, experts={"01": "a", "2": "b"})
+        said = [joint_predictions(numbered, data, seed=1) for data in numbered]
+        rows = results.write_joint_test(numbered, said, "CGM_Lora", "Context-gated mixture")
+        results.write_table("CGM_Lora_Routing.csv", pd.DataFrame({"Task": ["01", "2"], "Layer": "07", "01": 0.25, "2": 0.125}))
+        results.write_table("CGM_Lora_Comparison.csv", pd.DataFrame({"method": ["007"], "task": ["All"], "accuracy": [0.5]}))
+        results.finish(rows)
+    page = Page(results.top / "index.html")
+    for row in rows:
+        assert f"Wrong: {round(8 * (1 - row['accuracy']))} of 8" in page.text
+    assert all(text in page.text for text in ("0.250", "0.125", "07", "007"))
 
 
 def test_the_page_is_the_same_when_it_is_made_again_and_names_are_text(page, place, tasks, monkeypatch):

@@ -1,8 +1,11 @@
 """Tests of sources on this machine: the same images from every layout, and a split of the source's own."""
 
+import json
+import os
 import re
 import shutil
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -12,12 +15,25 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from hub import FIRE_CLASSES, image_dataset, png
-from image_sources import LAYOUTS, all_identities, changed_file, opened, prepared, run, write_folders, write_parquet, zip_of
+from image_sources import (
+    IMAGES,
+    LAYOUTS,
+    all_identities,
+    changed_file,
+    one_parquet,
+    opened,
+    prepared,
+    run,
+    write_folders,
+    write_parquet,
+    zip_of,
+)
 from PIL import Image as PILImage
 
 from common.data.prepare import local_source
 from common.data.sources import NO_LABEL
 from common.errors import UserError
+from common.predict import find_images
 
 
 def test_every_layout_gives_the_same_data(tmp_path, capsys):
@@ -43,6 +59,37 @@ def test_classes_that_are_numbers_are_in_order_of_number_and_a_link_in_a_circle_
         assert source.classes == ["0", "1", "2", "10", "11"] and len(source.labels) == 25
 
 
+def with_links_and_hidden_files(folder, files):
+    """Folders a and b, which is a link, with these files each; links that lead back, a FIFO, and what systems put there."""
+    (folder / "a").mkdir(parents=True)
+    top = folder.with_name(f"{folder.name} elsewhere")
+    for name in ("b", "one", "two"):
+        (top / name).mkdir(parents=True)
+    (folder / "b").symlink_to(top / "b")
+    for link, target in ((top / "one" / "in", top / "two"), (top / "two" / "in", top / "one"), (folder / "a" / "in", top / "one"),
+                         (top / "b" / "up", folder)):
+        link.symlink_to(target)
+    for name, content in files.items():
+        for place in (folder / "a", top / "b", folder / ".ipynb_checkpoints", folder / "__MACOSX", folder / "a" / "@eaDir"):
+            place.mkdir(exist_ok=True)
+            (place / name).write_bytes(content)
+        (folder / "a" / f"._{name}").write_bytes(b"Mac OS X")
+        os.mkfifo(folder / "a" / f"fifo of {name}")
+    return folder
+
+
+def test_preparation_and_predict_find_the_same_files(tmp_path):
+    """Those behind links, each once; none that is hidden or no file on a disk."""
+    images = with_links_and_hidden_files(tmp_path / "images", {f"{index}.png": png(0, index) for index in range(5)})
+    source = local_source(images, "")
+    assert (source.classes, len(source.labels)) == (["a", "b"], 10)
+    wanted = [images / label / f"{index}.png" for label in "ab" for index in range(5)]
+    assert find_images([str(images)]) == wanted
+    one_parquet(tmp_path)
+    tables = with_links_and_hidden_files(tmp_path / "tables", {"all.parquet": (tmp_path / "all.parquet").read_bytes()})
+    assert len(local_source(tables, "").labels) == 2 * len(IMAGES)
+
+
 def test_what_has_no_label_or_is_no_image_is_told_of(tmp_path, capsys):
     """No value, NaN, -1 or a number that has no name where names are known; endings that no image has, but for hidden files."""
     images = [png(label, index) for label in range(3) for index in range(7)]
@@ -62,11 +109,29 @@ def test_what_has_no_label_or_is_no_image_is_told_of(tmp_path, capsys):
     assert [sum(manifest["images"].values()) for manifest in made.values()] == [14, 14]
     told = capsys.readouterr().out
     assert "a: 7 images have no label and are left out" in told
-    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 .db, 1 no ending" in told
+    assert "passed over 4 files that are no images by their endings: 2 .txt, 1 no ending, 1 .db" in told
 
 
-def test_names_in_zips_as_people_have_them(tmp_path):
-    """UTF-8 without the flag for it, an extra field that has it, code page 437, backslashes, ./ in front, a name twice."""
+def test_one_class_has_one_name_however_it_is_written(tmp_path):
+    """Composed or not, with spaces and no-break spaces around it: by folders, metadata, tables and flags."""
+    spellings = ["caf\u00e9", "cafe\u0301", "caf\u00e9 ", "\u00a0caf\u00e9"]
+    folders = write_folders(tmp_path / "folders", [*spellings, "tea"], 6)
+    rows = [{"file_name": unicodedata.normalize("NFC", f"{name}/{index:02d}.png"), "label": name}
+            for name in [*spellings[1:], "tea"] for index in range(6)]
+    listed = write_folders(tmp_path / "listed", [*spellings[1:], "tea"], 6)
+    (listed / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    images, numbers = [png(0, 0)] * 30, [number for number in range(5) for _ in range(6)]
+    texts = Dataset.from_dict({"image": images, "label": [[*spellings, "tea"][number] for number in numbers]})
+    for source in (folders, listed, write_parquet(tmp_path / "named.parquet", image_dataset([*spellings, "tea"], 6)),
+                   write_parquet(tmp_path / "texts.parquet", texts)):
+        found = local_source(source, "")
+        assert found.classes == ["caf\u00e9", "tea"] and Counter(found.labels)[1] == 6, source
+    made = run(tmp_path / "root", "--task", f"e\u0301={folders}", "--classes", "e\u0301=cafe\u0301 ,tea")["\u00e9"]
+    assert made["classes"] == prepared(tmp_path / "root", folders, "--fire_classes", "cafe\u0301", "tea", count=6)["classes"]
+
+
+def test_names_in_zips_as_people_have_them(tmp_path, capsys):
+    """UTF-8 without the flag for it, an extra field that has it, code pages, backslashes, ./ in front, a name twice."""
     folder = write_folders(tmp_path / "source", ["hoch", "mäßig"])
     plain = zip_of(tmp_path / "plain.zip", folder)
     paths = [plain, zip_of(tmp_path / "backslashes.zip", folder, lambda name: name.replace("/", "\\")),
@@ -88,10 +153,23 @@ def test_names_in_zips_as_people_have_them(tmp_path):
     for path in paths:
         source = local_source(path, "")
         assert (source.classes, len(source.labels)) == (["hoch", "mäßig"], 24), path.name
+        guessed = path.stem == "cp437"
+        assert ("names are not in UTF-8 and read as code page 437 (mäßig/00.png" in capsys.readouterr().out) == guessed
     assert next(source.read([0])).read_bytes() == png(0, 1)  # the later one of two counts, as when it is unpacked
+    path = zip_of(tmp_path / "cp866.zip", folder, partial(re.sub, "mäßig", "mmmm"))
+    changed_file(path, b"mmmm", "мера".encode("cp866"))
+    assert local_source(path, "", "cp866").classes == ["hoch", "мера"] and not capsys.readouterr().out
+    source = local_source(path, "", "cp866")
+    assert next(source.read([12])).read_bytes() == png(1, 0)
+    flags = ("--task", f"a={path}", "--images_per_class", "6")
+    assert run(tmp_path / "root", *flags, "--zip_encoding", "cp866")["a"]["classes"] == ["hoch", "мера"]
+    for encoding, said in (("utf-8", "not in utf-8"), ("cp0", "--zip_encoding cp0 is no code page"), ("gbk", "was made with zip")):
+        with pytest.raises(UserError, match=said):
+            run(tmp_path / ("root" if encoding == "gbk" else "other"), *flags, "--zip_encoding", encoding)
 
 
-SPLIT_COUNTS = {"train": [6, 8], "val": [2, 1], "test": [3, 4]}
+SPLIT_COUNTS = {"train": [6, 8], "partial-train": [6, 8], "val": [2, 1], "test": [3, 4], "extra": [3, 2]}
+WRITTEN_TO = {"partial-train": "train", "val": "validation"}
 
 
 def split_images(*splits):
@@ -108,12 +186,18 @@ def split_folders(folder, *splits):
     return folder
 
 
-def test_a_split_of_the_source_s_own_is_kept(tmp_path):
-    """From folders, zips, Parquet files and saved datasets; what is missing is cut from train, by the seed and by class."""
+def test_a_split_of_the_source_s_own_is_kept(tmp_path, capsys):
+    """From folders, zips, Parquet files and saved datasets; what is missing is cut from train, by the seed and by class.
+
+    What stands beside it under another name is left out, and told of.
+    """
     for splits, kept, wanted in (
         (("train", "val", "test"), ["train", "validation", "test"], {"train": 14, "validation": 3, "test": 7}),
         (("train", "test"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
         (("train", "val"), ["train", "validation"], {"train": 10, "validation": 3, "test": 4}),
+        (("train", "test", "extra"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
+        (("partial-train", "test"), ["train", "test"], {"train": 10, "validation": 4, "test": 7}),
+        (("train", "extra"), [], {"train": 9, "validation": 2, "test": 3}),
         (("train",), [], {"train": 9, "validation": 2, "test": 3}),
     ):
         top, images = tmp_path / "_".join(splits), split_images(*splits)
@@ -123,8 +207,11 @@ def test_a_split_of_the_source_s_own_is_kept(tmp_path):
         for name, table in tables.items():
             write_parquet(top / "parquet" / f"{name}-00000-of-00001.parquet", table)
             write_parquet(top / "parquet folders" / name / "0.parquet", table)
+            write_parquet(top / "parquet names" / f"pets_{name}.parquet", table)
         sources = {"f": folders, "z": zip_of(top / "a.zip", folders), "s": top / "saved", "p": top / "parquet",
-                   "q": top / "parquet folders"}
+                   "q": top / "parquet folders", "r": top / "parquet names"}
+        if splits == ("train", "extra"):  # of folders it could be two classes
+            sources = dict([*sources.items()][2:])
         made = run(top / "root", "--task", *[f"{key}={source}" for key, source in sources.items()])
         for key, manifest in made.items():
             assert (manifest["own_splits"], manifest["images"]) == (kept, wanted), (splits, key)
@@ -134,12 +221,13 @@ def test_a_split_of_the_source_s_own_is_kept(tmp_path):
                 found[name] = {((red - 10) // 20, index) for red, index, _ in corners}
                 assert {label for label, _ in found[name]} == {0, 1}
             assert len(set().union(*found.values())) == sum(wanted.values())
-            assert found["train"] <= set(images["train"])
-            for name, own in images.items():
-                assert name == "train" or found["validation" if name == "val" else name] == set(own)
+            assert found["train"] <= set(images[splits[0]])
+            for name, own in [*images.items()][1:]:
+                assert found.get(WRITTEN_TO.get(name, name), set(own)) == set(own)
+        assert (capsys.readouterr().out.count("5 images are in no split called train") == len(sources)) == ("extra" in splits)
 
 
-def test_the_split_flag_decides(tmp_path):
+def test_the_split_flag_decides(tmp_path, capsys):
     """--split random pools what a source has split; the documented tasks always do, unless --split own is given."""
     source = split_folders(tmp_path / "source", "train", "val", "test")
     anew = {"train": 15, "validation": 4, "test": 5}
@@ -148,6 +236,9 @@ def test_the_split_flag_decides(tmp_path):
     assert prepared(tmp_path / "3", source, "--split", "own", count="all")["own_splits"] == ["train", "validation", "test"]
     few = run(tmp_path / "4", "--task", f"a={source}", "--images_per_class", "6")["a"]
     assert few["images"] == {"train": 6, "validation": 2, "test": 4}  # 3, 1, 2 of 6, 2, 3; as many of 8, 1, 4
+    assert "cut anew" not in capsys.readouterr().out
+    run(tmp_path / "6", "--task", f"b={split_folders(tmp_path / 'no train', 'val', 'test')}")
+    assert "b: none of its splits is called train" in capsys.readouterr().out
     shutil.rmtree(source / "test" / "class 1")
     with pytest.raises(UserError, match="class 'class 1' has 0 images in test, fewer than 1; .*--split random"):
         run(tmp_path / "5", "--task", f"a={source}")

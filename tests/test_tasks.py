@@ -44,10 +44,25 @@ def test_own_tasks_take_the_place_of_the_documented_ones_and_one_more_leaves_the
     assert hashes(root / "birds_dataset") == before
 
     earlier = tmp_path / "earlier"  # a root that an earlier version prepared, which has no tasks.json
-    (earlier / "fire_dataset").mkdir(parents=True)
+    for task in DOCUMENTED:
+        (earlier / task.dataset_folder).mkdir(parents=True)
     assert read_tasks(earlier) == planned(parse(PreparationConfig, ["--root", str(root / "none")])) == list(DOCUMENTED)
     run(earlier, "--task", f"birds={birds}")
     assert [task.key for task in read_tasks(earlier)] == ["fire", "game", "birds"]
+
+
+def test_an_own_task_may_have_the_name_of_a_documented_one(root, sources, tmp_path):
+    """The other documented one does not come with it, and what is prepared is listed even if the next one fails."""
+    for name in ("fire", "game"):
+        top = root / name
+        with pytest.raises(UserError, match="nowhere does not exist"):
+            run(top, "--task", f"{name}={sources[0]}", f"birds={tmp_path / 'nowhere'}")
+        assert [(task.key, task.title) for task in read_tasks(top)] == [(name, name)]
+        run(top, "--task", f"birds={sources[0]}")
+        assert [task.key for task in read_tasks(top)] == [name, "birds"]
+        (top / TASKS_FILE).unlink()  # a root of an earlier version that was cut short
+        run(top, "--task", f"cars={sources[1]}")
+        assert [task.key for task in read_tasks(top)] == [name, "cars"]
 
 
 def test_another_source_for_a_task_needs_overwrite(root, sources):

@@ -1,5 +1,6 @@
 """Tests of what a model sees: what its own image processor makes of an image, kept on disk and read as it is used."""
 
+import os
 import re
 import shutil
 
@@ -137,6 +138,17 @@ def test_a_damaged_file_of_pixels_is_made_anew(root, tmp_path):
         path.write_bytes(damaged)
         data = load(tmp_path)
         assert torch.equal(data.train.inputs[2], wanted[0][2])
-        with pytest.raises(UserError, match=rf"{re.escape(str(path))} is damaged; .*run the same command again"):
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))} is damaged .*; delete it, then run the same command again"):
             data.train.batch(torch.tensor([0, 3]))
-        assert not path.exists() and all(map(torch.equal, everything(load(tmp_path)), wanted)) and path.read_bytes() == content
+        path.unlink()
+        assert all(map(torch.equal, everything(load(tmp_path)), wanted)) and path.read_bytes() == content
+
+
+def test_one_bad_read_is_no_damage_and_forked_processes_do_not_share_a_place(root, monkeypatch):
+    inputs, wanted, right, bad = load(root).train.inputs, load(root).train.inputs[:2], os.pread, []
+    before = os.lseek(inputs.parts[0].file.raw.fileno(), 0, os.SEEK_CUR)
+    monkeypatch.setattr(os, "pread", lambda *where: bad.pop()(right(*where)) if bad else right(*where))
+    for row, failure in enumerate((lambda content: b"", lambda content: content[::-1])):
+        bad.append(failure)
+        assert torch.equal(inputs[row], wanted[row]) and not bad
+    assert os.lseek(inputs.parts[0].file.raw.fileno(), 0, os.SEEK_CUR) == before

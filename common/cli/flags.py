@@ -1,5 +1,6 @@
 """The settings of every script: one dataclass per script over shared groups of flags, which refuses what makes no sense."""
 
+import codecs
 import dataclasses
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from common.cli.experts import ExpertFlags
 from common.errors import UserError
-from common.files import is_unicode
+from common.files import check_unchained, is_unicode
 from common.tasks import Task, own_tasks
 
 DEMO_BACKBONE = Path(__file__).parents[1] / "demo" / "backbone"
@@ -45,6 +46,7 @@ class RunFlags:
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and not is_unicode(text):
                     raise UserError(f"--{name} {text} is no UTF-8; rename it")
+        check_unchained(self.root, f"--root {self.root}")
         try:
             there = os.stat(self.root)
         except FileNotFoundError:
@@ -174,6 +176,7 @@ class SourceFlags:
                      "so that little is fetched, but what lies together comes together; uniform fetches more, gives every "
                      "image the same chance"
     )
+    zip_encoding: str | None = option(None, "code page of the file names in a .zip that does not tell it, such as cp866 or gbk")
     skip_damaged: bool = option(False, "leave damaged images out and say how many; by default the first one ends the run")
 
     def __post_init__(self) -> None:
@@ -181,6 +184,10 @@ class SourceFlags:
         number = self.images_per_class
         if number not in ("auto", "all") and not (number.isdecimal() and int(number) >= 5):
             raise UserError(f"--images_per_class must be 'all' or a number of at least 5, not {number}")
+        try:
+            codecs.lookup(self.zip_encoding or "utf-8")
+        except LookupError as error:
+            raise UserError(f"--zip_encoding {self.zip_encoding} is no code page that Python knows; cp866 and gbk are") from error
         for name in ("fire_source", "game_source", "fire_classes", "game_classes"):
             if self.task and getattr(self, name):
                 raise UserError(f"--{name} is of the documented tasks, whose place those of --task take; leave one of them out")

@@ -13,7 +13,7 @@ def launched() -> tuple[int, int]:
 
 def silence() -> TextIO:
     """Close stdout and stderr of a process whose rank is not 0, libraries written in C included; return its real stderr."""
-    errors = os.fdopen(os.dup(2), "w")
+    errors = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import io
 import logging
 import os
 import signal
@@ -72,6 +73,9 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     traceback and one line). Of several processes rank 0 speaks, on other machines the first one there about a UserError;
     any other tells only a fault of its own.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a log that cannot show a name is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     rank, world_size = processes.launched()
     stderr = processes.silence() if rank else sys.stderr
     set_up_libraries()
@@ -102,8 +106,7 @@ def run(main: Callable[[Config], None], config_class: type[Config]) -> NoReturn:
     if unwritten := _stdout_error():
         line, status = line or unwritten, status or 2
     if line and says:
-        line = f"{who}{Path(sys.argv[0]).name}: {' '.join(line.split())}"
-        print(line.encode(errors="backslashreplace").decode(), file=stderr, flush=True)  # a path may be no UTF-8
+        print(f"{who}{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=stderr, flush=True)
     if world_size > 1:
         os._exit(status)  # the clean-up of a process group waits for processes that may have ended
     sys.exit(status)

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from common.data.images import ImageFile, image_endings
-from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, some, split_number
+from common.data.sources import NO_LABEL, NO_SPLIT, TRAIN, Source, ordered, readable, some, split_number
+from common.data.walk import File, hidden
 from common.errors import UserError
 from common.files import is_unicode
+from common.tasks import class_name
 
 LARGEST_IMAGE = 2**30  # bytes in a zip, where a small file may unpack to any size
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -26,22 +27,6 @@ UTF8_NAME = 0x800  # the flag of an entry of a zip whose name is UTF-8
 UNICODE_PATH = 0x7075  # the extra field that has the name as UTF-8 where the name itself is in an older encoding
 ENCRYPTED = 1
 COMPRESSIONS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
-
-
-@dataclass(frozen=True)
-class File:
-    """A file below the source. parts: the folders that lead to it, from the source down, and its name."""
-
-    parts: tuple[str, ...]
-    content: ImageFile
-
-    @property
-    def ending(self) -> str:
-        """`.png`, in lower case."""
-        return Path(self.parts[-1]).suffix.lower()
-
-    def __str__(self) -> str:
-        return "/".join(self.parts)
 
 
 @dataclass(frozen=True)
@@ -68,42 +53,27 @@ class _ZipMember:
         return f"{self.archive.filename}/{self.name}"
 
 
-def folder_source(folder: Path, where: str) -> Source:
-    """Images in a folder. Raises UserError, beginning with `where`, if their labels are not clear or one would be left out."""
-    with readable(where, "a folder"):
-        return _source(list(_walked(folder)), where)
+def zip_source(path: Path, where: str, encoding: str | None) -> Source:
+    """Images in a zip, read in place: nothing is unpacked, so none of its paths can lead anywhere else.
 
-
-def zip_source(path: Path, where: str) -> Source:
-    """Images in a zip, read in place: nothing is unpacked, so none of its paths can lead anywhere else. Raises as above."""
+    encoding: of names that do not tell it. Raises UserError, as `files_source` does, or if the zip cannot be read.
+    """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path, metadata_encoding=encoding)
+    except UnicodeError as error:
+        raise UserError(f"{where} has names that are not in {encoding} ({error}); give another --zip_encoding") from error
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{where} cannot be read as a zip ({error})") from error
-    return _source(list(_entries(archive, where)), where)
-
-
-def _walked(folder: Path) -> Iterator[File]:
-    """Every file below a folder, links followed; hidden ones are none."""
-    def fail(error: OSError) -> None:
-        raise error
-
-    for top, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        here = os.path.realpath(top)
-        folders[:] = [name for name in folders if not _hidden(name)  # a link to a folder it is in has no end
-                      and not f"{here}/".startswith(f"{os.path.realpath(os.path.join(top, name))}/")]
-        path = Path(top)
-        names += [name for name in folders if Path(name).suffix.lower() in image_endings() and not os.listdir(path / name)]
-        yield from (File((*path.relative_to(folder).parts, name), path / name) for name in names if not _hidden(name))
+    return files_source(list(_entries(archive, where)), where)
 
 
 def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
     """Every file in a zip. Of two of one name the later counts, as it does when the zip is unpacked."""
-    found, outside = {}, []
+    found, outside, guessed = {}, [], []
     for entry in archive.infolist():
-        name = _name(entry)
+        name, sure = _name(entry, archive.metadata_encoding)
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
-        if entry.is_dir() or name.endswith("/") or not parts or any(map(_hidden, (part for part in parts if part != ".."))):
+        if entry.is_dir() or name.endswith("/") or not parts or any(map(hidden, (part for part in parts if part != ".."))):
             continue
         if name.startswith("/") or ".." in parts:
             outside.append(name)
@@ -113,40 +83,45 @@ def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
         if entry.compress_type not in COMPRESSIONS:
             raise UserError(f"{where} is compressed in a way that Python does not read ({name}); unpack it and give the folder")
         file = File(parts, _ZipMember(archive, entry, "/".join(parts)))
-        if entry.file_size > LARGEST_IMAGE and file.ending in image_endings():
+        if entry.file_size > LARGEST_IMAGE and file.is_image:
             raise UserError(f"{where} holds {name} of {entry.file_size / 1e9:.0f} GB, too large for an image; remove it")
         found[parts] = file
+        guessed += [] if sure else [name]
+    if guessed:
+        print(f"{where}: {len(guessed):,} names are not in UTF-8 and read as code page 437 ({some(guessed)}); if they look "
+              "wrong, add --zip_encoding with the one they were written in, such as cp866 or gbk", flush=True)
     if outside:
         print(f"{where}: passed over {len(outside)} entries whose paths lead out of the zip ({some(outside)})", flush=True)
     yield from found.values()
 
 
-def _name(entry: zipfile.ZipInfo) -> str:
-    """The name of an entry of a zip, which Python takes for code page 437 wherever the zip does not say UTF-8."""
-    name = entry.orig_filename
+def _name(entry: zipfile.ZipInfo, encoding: str | None) -> tuple[str, bool]:
+    """The name of an entry of a zip, and whether that is sure.
+
+    Wherever the zip does not say UTF-8, Python takes names for those of `encoding` or, without, of code page 437.
+    """
+    name, sure = entry.orig_filename, True
     if not entry.flag_bits & UTF8_NAME:
-        raw, extra = name.encode("cp437"), entry.extra
+        raw, extra = name.encode(encoding or "cp437"), entry.extra
         while len(extra) >= 4:
             kind, size = (int.from_bytes(extra[start : start + 2], "little") for start in (0, 2))
             if kind == UNICODE_PATH and size > 5:  # after a version and a checksum of the other name
-                raw = extra[9 : 4 + size]
+                raw, encoding = extra[9 : 4 + size], None
             extra = extra[4 + size :]
         try:
-            name = raw.decode()
+            name = name if encoding else raw.decode()
         except UnicodeDecodeError:
-            pass  # code page 437 it is
-    return name.partition("\0")[0].replace("\\", "/")
+            sure = False
+    return name.partition("\0")[0].replace("\\", "/"), sure
 
 
-def _hidden(name: str) -> bool:
-    """What systems put beside files: .DS_Store, ._00.png, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
+def files_source(files: list[File], where: str) -> Source:
+    """The images among the files of a folder or a zip; those that are passed over are told of.
 
-
-def _source(files: list[File], where: str) -> Source:
-    """Find out the labels, and say which files are passed over."""
-    images = [file for file in files if file.ending in image_endings()]
-    others = [file for file in files if file.ending not in image_endings()]
+    Raises UserError, beginning with `where`, if their labels are not clear or an image would be left out.
+    """
+    images = [file for file in files if file.is_image]
+    others = [file for file in files if not file.is_image]
     if not images:
         endings = f"; its files end in {', '.join(sorted({file.ending or 'nothing' for file in others}))}" if others else ""
         raise UserError(f"{where} has neither subfolders with images nor Parquet files nor a saved dataset{endings}")
@@ -165,7 +140,7 @@ def _source(files: list[File], where: str) -> Source:
 
 
 def _sorted_by_class(labelled: list[Labelled], where: str) -> Source:
-    named = [replace(image, label=image.label and unicodedata.normalize("NFC", image.label)) for image in labelled]
+    named = [replace(image, label=class_name(image.label)) for image in labelled]
     classes = ordered(image.label for image in named if image.label is not None)
     for name in classes:
         if not is_unicode(name):
@@ -183,7 +158,9 @@ def _by_folders(images: list[File], others: list[File], where: str, metadata: li
     while len({file.parts[skipped] for file in images}) == 1 and min(len(file.parts) for file in images) > skipped + 2:
         skipped += 1
     tops = ordered(file.parts[skipped] for file in images if len(file.parts) > skipped + 1)
-    split = bool(tops) and all(split_number(top) != NO_SPLIT for top in tops)
+    known = {split_number(top) for top in tops} - {NO_SPLIT}
+    split = bool(tops) and all(split_number(top) != NO_SPLIT for top in tops) or (  # or splits beside folders of other names
+        len(known) > 1 and TRAIN in known and all(len(file.parts) == skipped + 3 for file in images))
     depth = skipped + 1 + split  # where an image's name is
     elsewhere = [str(file) for file in images if len(file.parts) != depth + 1]
     if elsewhere and not split and all(len(file.parts) == depth + 2 for file in images):
@@ -221,12 +198,18 @@ def _rows(file: File, where: str) -> list[dict[str, Any]]:
 
 def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], where: str) -> list[Labelled]:
     """Labels by tables of file names, each relative to the folder the table is in; the split by a folder of such a name."""
-    labels = {}
+    labels: dict[str, str | None] = {}
     for table, rows in tables.items():
         for row in rows:
-            path = os.path.normpath("/".join([*table.parts[:-1], str(row["file_name"]).replace("\\", "/")]))
-            labels[path] = None if row["label"] in (None, "") else str(row["label"])
-    paths = [str(file) for file in images]
+            path = _composed(os.path.normpath("/".join([*table.parts[:-1], str(row["file_name"]).replace("\\", "/")])))
+            try:
+                label = class_name(row["label"])
+            except ValueError as error:
+                raise UserError(f"{where}: {table}, {path}: {error}; give every image one label") from error
+            if labels.setdefault(path, label) != label:
+                raise UserError(f"{where}: {table} lists {path} as {label!r}, which is listed as {labels[path]!r} too; keep one "
+                                "of these rows")
+    paths = [_composed(str(file)) for file in images]
     if missing := sorted(set(labels) - set(paths)):
         raise UserError(f"{where}: {some([str(table) for table in tables])} lists {len(missing):,} images that are not there "
                         f"({some(missing)})")
@@ -236,3 +219,8 @@ def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], w
     splits = [next((number for part in file.parts[:-1] if (number := split_number(part)) != NO_SPLIT), NO_SPLIT)
               for file in images]
     return [Labelled(file, labels[path], split) for file, path, split in zip(images, paths, splits, strict=True)]
+
+
+def _composed(path: str) -> str:
+    """A path as NFC: of two that look alike, macOS writes the one and a spreadsheet the other."""
+    return unicodedata.normalize("NFC", path)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from tqdm import tqdm
 
 from common.data.images import Encoded
-from common.data.sources import NO_SPLIT, Source, split_number
+from common.data.sources import Source, split_number
 from common.data.tables import parquet_source
 from common.errors import UserError
 from common.files import locked, writing
@@ -33,7 +33,7 @@ DIGEST_BYTES = 32  # of SHA-256
 
 
 def hub_source(task: Task) -> Source:
-    """The splits train, validation and test of a task's dataset, in Parquet files, as it is now.
+    """A task's dataset, in Parquet files, as it is now.
 
     What was fetched stays in the cache of huggingface_hub, below HF_HOME: an interrupted fetch goes on, and no other run
     fetches it again. Raises UserError with the way out if something cannot be had.
@@ -43,10 +43,6 @@ def hub_source(task: Task) -> Source:
     with _way_out(task):
         builder = load_dataset_builder(name)
         files = {split: list(paths) for split, paths in (builder.config.data_files or {}).items()}
-        splits = {split: split_number(str(split)) for split in files}
-        if len(files) > 1 and (unknown := [str(split) for split, number in splits.items() if number == NO_SPLIT]):
-            print(f"{task.name}: its splits {', '.join(unknown)} are left out", flush=True)
-            files = {split: paths for split, paths in files.items() if splits[split] != NO_SPLIT}
         paths = [path for found in files.values() for path in found]
         if not paths or not all(path.endswith(".parquet") for path in paths):
             raise ValueError("it has no images in Parquet files")
@@ -54,7 +50,7 @@ def hub_source(task: Task) -> Source:
     guard = partial(_way_out, task, fetch)
     with guard(), locked(fetch.folder, wait=True), ThreadPoolExecutor(CONNECTIONS) as pool:
         deque(pool.map(fetch.opened, paths), maxlen=0)  # so that the footers arrive together
-        split_of = [splits[split] for split, found in files.items() for _ in found]
+        split_of = [split_number(str(split)) for split, found in files.items() for _ in found]
         source = parquet_source(paths, split_of, fetch.opened, guard, name, builder.info.features)
 
     def bring(rows: np.ndarray) -> None:

@@ -50,12 +50,23 @@ def image_endings() -> frozenset[str]:
     return frozenset(end for end, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN)
 
 
-def open_image(encoded: Encoded) -> PILImage.Image:
-    """An image as upright RGB, grey of more than 8 bits by its own levels. Raises DamagedImage."""
+def open_image(encoded: Encoded, known: Sequence[Levels]) -> tuple[PILImage.Image, str]:
+    """An image as upright RGB, and what is to be told of it, in words.
+
+    known: the grey levels of the data sets that it may be like. One of more than 8 bits is read by the narrowest of these
+    that holds its own; by the widest if none does, which is told; by its own if none are known. Raises DamagedImage.
+    """
     with opened_image(encoded) as (_, opened):
         opened.load()
-        deep = opened.mode.startswith(("I", "F"))
-        return to_rgb(ImageOps.exif_transpose(opened), common_levels([levels_of(opened)]) if deep else None)
+        if not opened.mode.startswith(("I", "F")):
+            return to_rgb(ImageOps.exif_transpose(opened)), ""
+        low, high = levels_of(opened)
+        fitting = [levels for levels in known if levels[0] <= low and high <= levels[1]]
+        by = min(fitting or known, key=lambda levels: (levels[1] - levels[0]) * (1 if fitting else -1),
+                 default=common_levels([(low, high)]))
+        told = "" if fitting or not known else (f"its grey levels, {low:g} to {high:g}, are cut off at those of the images of "
+                                                f"the tasks, {by[0]:g} to {by[1]:g}")
+        return to_rgb(ImageOps.exif_transpose(opened), by), told
 
 
 @contextmanager

@@ -4,10 +4,8 @@ import hashlib
 import json
 import math
 import os
-import threading
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,10 @@ NO_DIGEST = "0" * 64
 
 
 class _File:
-    """A file that is open for reading, from any thread, until nothing uses it."""
+    """A file that is open for reading, from any thread and any process that was forked, until nothing uses it."""
 
     def __init__(self, path: Path):
-        self.path, self.raw, self.lock = path, path.open("rb", buffering=0), threading.Lock()
+        self.path, self.raw = path, path.open("rb", buffering=0)
 
     def __del__(self) -> None:
         if hasattr(self, "raw"):
@@ -37,11 +35,12 @@ class _File:
     def fill(self, buffer: memoryview, begin: int) -> bool:
         """Read into all of `buffer` what begins there; False if it cannot be."""
         try:
-            with self.lock:
-                self.raw.seek(begin)
-                return self.raw.readinto(buffer) == len(buffer)
+            content = os.pread(self.raw.fileno(), len(buffer), begin)  # forked processes share the place that seek sets
         except OSError:
             return False
+        if whole := len(content) == len(buffer):
+            buffer[:] = content
+        return whole
 
 
 @dataclass
@@ -54,14 +53,14 @@ class _Part:
     known: np.ndarray
 
     def read(self, row: int, image: memoryview) -> None:
-        """Fill `image` with the bytes of a row. Raises UserError if they are not those that were written."""
-        whole = self.file.fill(image, self.begin + row * len(image))
-        if not whole or not (self.known[row] or zlib.crc32(image) == self.checksums[row]):
-            with suppress(OSError):
-                self.file.path.unlink()
-            raise UserError(f"{self.file.path} is damaged; delete it if it is still there, then run the same command again, "
-                            "which makes it anew")
-        self.known[row] = True
+        """Fill `image` with the bytes of a row. Raises UserError if they are not those that were written, twice."""
+        for _ in range(2):
+            whole = self.file.fill(image, self.begin + row * len(image))
+            if whole and (self.known[row] or zlib.crc32(image) == self.checksums[row]):
+                self.known[row] = True
+                return
+        raise UserError(f"{self.file.path} is damaged or cannot be read; delete it, then run the same command again, which "
+                        "makes it anew")
 
 
 class StoredImages:

@@ -10,18 +10,18 @@ import numpy as np
 
 from common.cli.flags import PreparationConfig
 from common.data import duplicates
-from common.data.folders import folder_source, zip_source
+from common.data.folders import files_source, zip_source
 from common.data.generated import demo_source
 from common.data.hub import hub_source
-from common.data.images import image_endings
 from common.data.reading import Images, read_images
-from common.data.sources import NO_LABEL, NO_SPLIT, Source, some
+from common.data.sources import NO_LABEL, NO_SPLIT, SPLITS, TRAIN, Source, some
 from common.data.splits import FEWEST, choose, grouped_split, own_splits, random_split
 from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_splits
 from common.data.tables import local_parquet_source, saved_source
+from common.data.walk import File, walk
 from common.errors import UserError
 from common.files import locked, tidy, write_json, writing
-from common.tasks import DOCUMENTED, HUB, Task, place, with_those_of
+from common.tasks import HUB, Task, class_name, place, read_tasks, with_those_of
 
 GENERATED = "generated"  # the source of the demo's images
 EARLIER = {"hub_choice": "clustered"}  # settings that manifests of earlier versions do not have
@@ -33,7 +33,7 @@ def planned(config: PreparationConfig) -> list[Task]:
         tasks = config.own_tasks()
         with_those_of(config.root, tasks)  # what speaks against their names is to be known before the work
         return tasks
-    return with_those_of(config.root, []) or list(DOCUMENTED)
+    return read_tasks(config.root)
 
 
 def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def prepare(task: Task, config: PreparationConfig) -> dict[str, Any]:
         "demo": config.demo, "source": task.source.removeprefix(HUB), "seed": config.seed,
         "split": config.split_of(task), "hub_choice": config.hub_choice, "images_per_class": config.number_of_images(task),
         "requested_classes": list(task.classes),
+        "zip_encoding": config.zip_encoding if task.source.lower().endswith(".zip") else None,
     }
     with locked(folder.parent):
         tidy(folder)
@@ -81,49 +82,61 @@ def _as_asked(task: Task, config: PreparationConfig) -> Task:
     if not task.demo:
         return task
     source = getattr(config, f"{task.key}_source")
+    classes = getattr(config, f"{task.key}_classes")
     source = place(source) if source else GENERATED if config.demo else task.source
-    return replace(task, source=source, classes=tuple(getattr(config, f"{task.key}_classes")))
+    return replace(task, source=source, classes=tuple(filter(None, map(class_name, classes))))
 
 
 def _opened(task: Task, config: PreparationConfig) -> Source:
-    """A task's source, without its own split unless that is to be kept; what of it cannot be used is told."""
+    """A task's source, without its own split unless that is to be kept; what of it cannot be used is told.
+
+    Where its own train is kept, what is in no split that has a name of one is left out.
+    """
     if task.source.startswith(HUB):
         source = hub_source(task)
     elif task.source != GENERATED:
-        source = local_source(Path(task.source), task.source_flag)
+        source = local_source(Path(task.source), task.source_flag, config.zip_encoding)
     elif config.images_per_class == "all":
         raise UserError("--images_per_class all needs a source with an end; --demo can generate any number, say how many")
     else:
         source = demo_source(task, config.seed, int(config.number_of_images(task)))
     if lost := (source.labels == NO_LABEL).sum():
         print(f"{task.name}: {lost:,} images have no label and are left out", flush=True)
-    labelled = np.where(source.labels == NO_LABEL, NO_SPLIT, source.splits)
-    keep = config.split_of(task) == "own" and own_splits(labelled)
-    return replace(source, splits=labelled if keep else np.full_like(labelled, NO_SPLIT))
+    splits = np.where(source.labels == NO_LABEL, NO_SPLIT, source.splits)
+    labels, own = source.labels, config.split_of(task) == "own"
+    if own and TRAIN in splits:
+        labels = np.where(splits == NO_SPLIT, NO_LABEL, labels)
+        if left := (labels != source.labels).sum():
+            print(f"{task.name}: {left:,} images are in no split called {', '.join(SPLITS)} and are left out; --split random "
+                  "cuts all images anew", flush=True)
+    elif own and (splits != NO_SPLIT).any():
+        print(f"{task.name}: none of its splits is called train, so all images are cut anew", flush=True)
+    return replace(source, labels=labels, splits=splits if own and own_splits(splits) else np.full_like(splits, NO_SPLIT))
 
 
-def local_source(path: Path, where: str) -> Source:
-    """Open a folder of images, a zip of it, a saved Dataset or DatasetDict, or Parquet files. where: begins messages.
+def local_source(path: Path, where: str, zip_encoding: str | None = None) -> Source:
+    """Open a folder of images, a zip of it, a saved Dataset or DatasetDict, or Parquet files.
 
-    Raises UserError if there is nothing of the kind, or it cannot be read.
+    where: begins messages. zip_encoding: of names in a zip that do not tell it. Raises
+    UserError if there is nothing of the kind, or it cannot be read.
     """
     if not path.exists():
         raise UserError(f"{where} does not exist")
     if path.is_file():
         if zipfile.is_zipfile(path):
-            return zip_source(path, where)
+            return zip_source(path, where, zip_encoding)
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "Parquet or a zip"
-        return local_parquet_source([path], path.parent, where, kind)
+        return local_parquet_source([File((path.name,), path)], where, kind)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return saved_source(path, where)
-    parquet = sorted(file for file in path.rglob("*.parquet") if file.is_file() and not file.name.startswith("."))
+    files = list(walk(path))
+    parquet = [file for file in files if file.ending == ".parquet"]
     if not parquet:
-        return folder_source(path, where)
-    images = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.suffix.lower() in image_endings()]
-    if images := [name for name in images if not name.startswith(".")]:
-        raise UserError(f"{where} holds Parquet files ({some([file.name for file in parquet])}) and images ({some(images)}); "
+        return files_source(files, where)
+    if images := [str(file) for file in files if file.is_image]:
+        raise UserError(f"{where} holds Parquet files ({some([str(file) for file in parquet])}) and images ({some(images)}); "
                         "give a folder of one of them")
-    return local_parquet_source(parquet, path, where, "Parquet")
+    return local_parquet_source(parquet, where, "Parquet")
 
 
 def _tell_of_blocks(source: Source, classes: list[str], rows: np.ndarray, task: Task) -> None:
@@ -154,5 +167,6 @@ def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str],
     near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
     return {
         "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
-        "own_splits": own_splits(own), "damaged": len(labels) - len(kept), "near_duplicates_in_test": int(near.sum()),
+        "own_splits": own_splits(own), "grey_levels": images.levels, "damaged": len(labels) - len(kept),
+        "near_duplicates_in_test": int(near.sum()),
     }

@@ -40,6 +40,7 @@ class Images:
     """Images that were read, by their place in the choice: their contents in a file, what is known of them in memory.
 
     kept: (N,) bool, False where an image was damaged. digests: SHA-256 of each content. hashes: (N, HASH_BYTES) uint8.
+    levels: those that became 0 and 255 in all images of more than 8 bits of grey; None if there are none.
     """
 
     def __init__(self, count: int, file: BinaryIO):
@@ -48,6 +49,7 @@ class Images:
         self.extents = np.zeros((count, 2), dtype=np.int64)  # where the content begins, and how long it is
         self.digests = [b""] * count
         self.hashes = np.zeros((count, HASH_BYTES), dtype=np.uint8)
+        self.levels: Levels | None = None
 
     def put(self, place: int, read: Read, digest: bytes) -> None:
         """Keep an image that was read."""
@@ -88,7 +90,7 @@ def read_images(source: Source, rows: np.ndarray, file: BinaryIO, task: Task, sk
             if read.brightest is not None:
                 brightest.append(read.brightest)
         if levels:
-            common = common_levels([*levels.values()])
+            common = images.levels = common_levels([*levels.values()])
             places = np.array([*levels])
             results = in_order(pool, partial(_converted, levels=common), images.contents(places))
             for place, result in zip(places, results, strict=True):

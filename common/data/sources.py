@@ -15,6 +15,7 @@ from common.errors import UserError
 NO_LABEL = -1
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 NO_SPLIT = -1
+TRAIN = 0  # the position of train in SPLITS
 SPLIT_NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "testing": 2}
 
 
@@ -37,8 +38,8 @@ class Source:
 
 
 def split_number(name: str) -> int:
-    """The position in SPLITS of a split of this name, NO_SPLIT if it is none."""
-    return SPLIT_NAMES.get(name.casefold(), NO_SPLIT)
+    """The position in SPLITS of a split of this name, NO_SPLIT if it is none. The Hub calls the beginning of one `partial-`."""
+    return SPLIT_NAMES.get(name.casefold().removeprefix("partial-"), NO_SPLIT)
 
 
 def ordered(names: Iterable[str]) -> list[str]:

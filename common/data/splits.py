@@ -1,7 +1,5 @@
 """Which images are used, and on which side of train, validation and test each is."""
 
-import unicodedata
-
 import numpy as np
 
 from common.cli.flags import PreparationConfig
@@ -26,7 +24,7 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
         if name not in names:
             raise UserError(f"{task.classes_flag}: there is no class {name!r}; there are {', '.join(names)}")
         for other in names:
-            if other != name and _folded(other) == _folded(name):
+            if other != name and other.casefold() == name.casefold():
                 raise UserError(f"{task.name} has the classes {name!r} and {other!r}, which differ only by case; rename one "
                                 "of them")
     if len(set(classes)) < max(2, len(classes)):
@@ -56,10 +54,6 @@ def _shares(rows: np.ndarray, splits: np.ndarray, count: int) -> list[tuple[np.n
     parts.sort(key=len)
     numbers = [max(1, round(len(part) * count / len(rows))) for part in parts[:-1]]
     return list(zip(parts, [*numbers, min(count - sum(numbers), len(parts[-1]))], strict=True))
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def own_splits(splits: np.ndarray) -> list[str]:

@@ -15,24 +15,34 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_dat
 
 from common.data.images import Encoded
 from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, split_number
+from common.data.walk import File
 from common.errors import UserError
+from common.files import check_unchained
+from common.tasks import class_name
 
 ROWS_AT_ONCE = 32  # an image may have a megabyte
 
 
-def local_parquet_source(paths: Sequence[Path], top: Path, where: str, kind: str) -> Source:
-    """Parquet files on this machine, each of the split that its name or a folder below `top` says, if all say one."""
-    splits = [_split_of(path.relative_to(top)) for path in paths]
-    if NO_SPLIT in splits:
-        splits = [NO_SPLIT] * len(paths)
-    source = parquet_source(paths, splits, _open_local, partial(readable, where, kind), where)
+def local_parquet_source(files: Sequence[File], where: str, kind: str) -> Source:
+    """Parquet files on this machine, each of the split that its name or a folder that leads to it says.
+
+    Raises UserError, beginning with `where`, if they are several configurations of a dataset, or cannot be read.
+    """
+    splits, around = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
+    found = {folder for folder, split in zip(around, splits, strict=True) if split != NO_SPLIT}
+    if len(found) > 1:
+        raise UserError(f"{where} has splits in several folders ({', '.join(sorted(map(str, found)))}); give one")
+    source = parquet_source([file.content for file in files], splits, _open_local, partial(readable, where, kind), where)
     return replace(source, blocks=np.zeros_like(source.labels))  # to read of many row groups costs little here
 
 
-def _split_of(path: Path) -> int:
-    """By a folder, or the beginning of the file's name as in train-00000-of-00003.parquet."""
-    words = [*path.parts[:-1], re.split(r"[-_.]", path.name)[0]]
-    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT)
+def _split_of(path: Path) -> tuple[int, Path]:
+    """By a folder, or a word of the file's name as in train-00000-of-00003.parquet; and the folder that all splits are in."""
+    for folder in [*reversed(path.parents)][1:]:
+        if (number := split_number(folder.name)) != NO_SPLIT:
+            return number, folder.parent
+    words = re.split(r"[\W\d_]+", path.name)
+    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT), path.parent
 
 
 def parquet_source(
@@ -101,6 +111,7 @@ def _open_local(path: Path) -> pq.ParquetFile:
 def saved_source(folder: Path, where: str) -> Source:
     """A Dataset or all splits of a DatasetDict that `save_to_disk` wrote."""
     kind = "a saved dataset"
+    check_unchained(folder, where)
 
     def opened() -> dict[str, Dataset]:
         with readable(where, kind):
@@ -140,13 +151,15 @@ def _class_labels(values: Iterable[Any], feature: Any) -> tuple[list[str], np.nd
 
     A row without a value, or with a number that no class has, as -1 in test splits whose labels are kept back, has no label.
     """
-    if not isinstance(feature, ClassLabel):
-        values = [None if value is None or value != value else str(value) for value in values]  # NaN is not itself
-        feature = ClassLabel(names=ordered(value for value in values if value is not None))
-    known = {name: number for number, name in enumerate(feature.names)}
-    numbers = {number: number for number in range(len(feature.names))}
-    labels = [known.get(value, NO_LABEL) if isinstance(value, str) else numbers.get(value, NO_LABEL) for value in values]
-    return feature.names, np.array(labels, dtype=np.int64)
+    if isinstance(feature, ClassLabel):
+        named = dict(enumerate(map(class_name, feature.names)))
+        classes = list(dict.fromkeys(filter(None, named.values())))
+        names = [class_name(value) if isinstance(value, str) else named.get(value) for value in values]
+    else:
+        names = [class_name(value) for value in values]
+        classes = ordered(filter(None, names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, np.array([numbers.get(name, NO_LABEL) for name in names], dtype=np.int64)
 
 
 def _encoded(image: Any) -> Encoded:

@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor
 from common.cli.flags import RunFlags
 from common.cli.parser import command
 from common.data import pixels
+from common.data.images import Levels
 from common.data.pixels import StoredImages
 from common.data.processing import affine_of, processed, same_size
 from common.data.sources import SPLITS
@@ -74,7 +75,8 @@ class TaskData:
     """One prepared task in memory.
 
     fingerprint: SHA-256 of the prepared images and labels. preprocessing: the start of that of the image processor's
-    settings. near_duplicates_in_test: how many test images have a near-duplicate in train.
+    settings. near_duplicates_in_test: how many test images have a near-duplicate in train. grey_levels: those that became 0
+    and 255 in images of more than 8 bits; None if there are none, or it is not known.
     """
 
     task: Task
@@ -85,6 +87,7 @@ class TaskData:
     fingerprint: str
     preprocessing: str
     near_duplicates_in_test: int
+    grey_levels: Levels | None = None
 
 
 def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> TaskData:
@@ -111,7 +114,7 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
         raise UserError(f"{cache} cannot be read back after it was written; check the disk, or choose another --root")
     sets = {name: ImageSet(*stored[name], scale, offset) for name in SPLITS}
     return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"], preprocessing=preprocessing,
-                    near_duplicates_in_test=manifest["near_duplicates_in_test"])
+                    near_duplicates_in_test=manifest["near_duplicates_in_test"], grey_levels=manifest.get("grey_levels"))
 
 
 def _processed(folder: Path, manifest: dict[str, Any], processor: BaseImageProcessor, unscaled: bool,

@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from common.data.tensors import TaskData
 
 NONE = "none"  # predicted task and class of an image that the mixture was asked to refuse
+NAMES = ("Predicted Class", "Actual Class", "Predicted Task")  # the columns of a table of predictions that hold names
 ANOTHER_TASK = "another task"  # a column of confusion matrices
 
 

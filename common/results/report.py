@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from common.data.tensors import TaskData
-from common.files import locked, read_json, remove, writing
-from common.results.metrics import NONE
+from common.files import locked, read_csv, read_json, remove, writing
+from common.results.metrics import NAMES, NONE
 from common.results.summary import SUMMARY_FILE, read_summary
 
 PAGE = "index.html"
@@ -120,7 +120,7 @@ def _comparison(top: Path) -> dict[str, Any] | None:
     path = top / MIXTURE / f"{MIXTURE}_Comparison.csv"
     if not path.exists():
         return None
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    table = read_csv(path, ("group", "method", "task", "of_mixture"))
     rows = [["" if pd.isna(value) else f"{value:.3g}" if isinstance(value, float) else str(value) for value in row]
             for row in table.astype(object).itertuples(index=False)]
     return {"columns": [name.replace("_", " ") for name in table], "rows": rows, "pictures": _pictures([
@@ -133,7 +133,7 @@ def _routing(top: Path, tasks: list[TaskData], methods: dict[str, tuple[str, str
     for name in methods:
         path = top / name / f"{MIXTURE}_Routing.csv"
         if path.exists():
-            table = pd.read_csv(path, keep_default_na=False)
+            table = read_csv(path, ("Task", "Layer"))
             own = {data.task.name: table[table["Task"] == data.task.name].set_index("Layer")[data.task.key] for data in tasks
                    if data.task.key in table}
             layers = list(dict.fromkeys(table["Layer"]))
@@ -149,7 +149,7 @@ def _images(top: Path, mixture: str, data: TaskData, tasks: int) -> list[dict[st
     path, key = top / mixture / f"{MIXTURE}_{data.task.title}.csv", data.task.key
     if not path.exists():
         return []
-    table = pd.read_csv(path, keep_default_na=False)
+    table = read_csv(path, NAMES)
     table["Sure"] = table.filter(regex="^Probability ").max(axis=1)
     wrong = (table["Predicted Task"] != key) | (table["Predicted Class"] != table["Actual Class"])
     count = max(2, IMAGES_SHOWN // (2 * tasks))
