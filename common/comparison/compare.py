@@ -8,7 +8,7 @@ import pandas as pd
 
 from common import models
 from common.cli.flags import MixtureConfig
-from common.comparison.contest import Contest
+from common.comparison.method_comparison import MethodComparison
 from common.comparison.score import EVERY_TASK
 from common.data.tensors import TaskData
 from common.errors import UserError
@@ -20,9 +20,9 @@ from ContextGatedMOE import ContextGatedMOE
 
 NAME = "CGM_Lora_Comparison"
 TEXTS = ("group", "method", "task", "of_mixture")
-NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_told_task", "right_task", "seeds", "accuracy_mean",
-           "accuracy_spread", "mcnemar_p", "mcnemar_p_holm", "trainable_parameters", "total_parameters", "images_per_second",
-           "of_seeds")
+NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "right_task", "accuracy_given_right_task", "accuracy_told_task", "seeds",
+           "accuracy_mean", "accuracy_spread", "mcnemar_p", "mcnemar_p_holm", "trainable_parameters", "total_parameters",
+           "images_per_second", "of_seeds")
 
 
 def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results) -> None:
@@ -39,7 +39,7 @@ def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedM
     made_of = {"of_mixture": f"sha256:{str(models.fingerprint(folder))[:12]}", "of_seeds": config.seeds}
     if distributed.any_of(bool(_show_finished(results, made_of))):
         return
-    table = Contest(config, tasks, mixture, results).run().assign(**made_of)
+    table = MethodComparison(config, tasks, mixture, results).run().assign(**made_of)
     results.write_table(f"{NAME}.csv", table)
     _draw(results, table)
     _print(results, table)
@@ -99,7 +99,8 @@ def _print(results: Results, table: pd.DataFrame) -> None:
         "method": rows["method"].to_list(), "accuracy": column("accuracy", ".1%"),
         "95 % interval": [f"{low} to {high}" for low, high in
                           zip(column("accuracy_low", ".1%"), column("accuracy_high", ".1%"), strict=True)],
-        "told the task": column("accuracy_told_task", ".1%"), "right task": column("right_task", ".1%"),
+        "right task": column("right_task", ".1%"), "within it": column("accuracy_given_right_task", ".1%"),
+        "told the task": column("accuracy_told_task", ".1%"),
         "mean of seeds": column("accuracy_mean", ".1%"), "spread": column("accuracy_spread", ".1%"),
         "p (Holm)": column("mcnemar_p_holm", ".3f"), "trained": column("trainable_parameters", ",.0f"),
         "parameters": column("total_parameters", ",.0f"), "images/s": column("images_per_second", ",.0f"),
