@@ -128,7 +128,8 @@ def test_two_processes_with_uneven_batches_compare_as_one(warm_process, compared
     """
     place = compared.copy(tmp_path / "root")
     shutil.rmtree(place.results / "CGM_Lora")
-    few = {f"common.{module}.EVALUATION_BATCH": 3 for module in ("comparison.timing", "training.evaluate", "comparison.mixture")}
+    modules = "comparison.timing", "training.evaluate", "comparison.mixture"
+    few = {f"common.{module}.EVALUATION_BATCH": 3 for module in modules}
     done = warm_process.run("CGM_Lora.py", *place.flags("CGM_Lora", "--epochs", "0", "--compare"), processes=2, constants=few)
     assert (done.status, done.errors) == (0, "") and done.output.count("The comparison is in") == 1
     one, two = (table_of(found, "method", "task") for found in (compared, place))

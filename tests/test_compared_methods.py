@@ -121,7 +121,8 @@ def test_ridges_are_scikit_learns(images):
 def test_random_features_are_standardised_the_same_for_a_seed_and_not_negative(monkeypatch):
     monkeypatch.setattr(ranpac, "UNITS", 50)
     train = random(20, 4) * [1, 10, 100, 0] + 5
-    same, again, other = (ranpac.random_features(train * factor, seed)(train * factor) for factor, seed in ((1, 1), (3, 1), (1, 2)))
+    same, again, other = (ranpac.random_features(train * factor, seed)(train * factor)
+                          for factor, seed in ((1, 1), (3, 1), (1, 2)))
     assert same.shape == (20, 50) and np.allclose(same, again, atol=1e-3) and not np.allclose(same, other, atol=1e-1)
     assert (same >= 0).all() and 0.3 < (same > 0).mean() < 0.7 and np.isfinite(same).all()
 
@@ -131,7 +132,7 @@ def test_random_features_are_standardised_the_same_for_a_seed_and_not_negative(m
 
 @pytest.fixture
 def made_up(inputs):
-    """Inputs of which only the answers are real: depth 1 tells nothing, depth 2 all classes, what reaches the head the tasks."""
+    """Inputs of which only the answers are real: depth 1 tells nothing, depth 2 classes, what reaches the head tasks."""
     other = inputs.seeded(inputs.config)
     parts = []
     for seed, answers in enumerate((other.learnt, other.known, other.asked)):
@@ -170,7 +171,8 @@ def test_a_router_chooses_one_expert_whose_answer_counts(made_up, router, second
 def test_a_gaussian_for_each_task_tells_tasks_of_one_mean(made_up):
     for split, answers in (("train", made_up.learnt), ("validation", made_up.known), ("test", made_up.asked)):
         features = getattr(made_up.features, split)[HEAD_INPUT]
-        features[:] = random(*features.shape, seed=len(features)) * np.where(answers.tasks[:, None] == 0, [[1, 9] * 4], [[9, 1] * 4])
+        wide = np.where(answers.tasks[:, None] == 0, [[1, 9] * 4], [[9, 1] * 4])
+        features[:] = random(*features.shape, seed=len(features)) * wide
     found = routers.mahalanobis_router(made_up)
     assert made_up.asked.right_task(found.values).mean() > 0.9 and found.choice.startswith("each")
 
@@ -178,7 +180,8 @@ def test_a_gaussian_for_each_task_tells_tasks_of_one_mean(made_up):
 def test_of_routers_the_best_by_validation_is_asked(inputs):
     """The first is right about validation images and wrong about test images, the second the other way round."""
     ways = [(np.eye(2)[answers.tasks], np.eye(2)[1 - answers.tasks]) for answers in (inputs.known, inputs.asked)]
-    found = routers.one_expert(inputs, [routers.TaskRouter(ways[0][flip], ways[1][1 - flip], 1.0, 0, str(flip)) for flip in (1, 0)])
+    found = routers.one_expert(inputs, [routers.TaskRouter(ways[0][flip], ways[1][1 - flip], 1.0, 0, str(flip))
+                                        for flip in (1, 0)])
     assert found.choice == "0" and not inputs.asked.right_task(found.values).any()
 
 

@@ -20,9 +20,9 @@ from ContextGatedMOE import ContextGatedMOE
 
 NAME = "CGM_Lora_Comparison"
 TEXTS = ("group", "method", "task", "of_mixture")
-NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "right_task", "accuracy_given_right_task", "accuracy_told_task", "seeds",
-           "accuracy_mean", "accuracy_spread", "mcnemar_p", "mcnemar_p_holm", "trainable_parameters", "total_parameters",
-           "images_per_second", "of_seeds")
+NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "right_task", "accuracy_given_right_task", "accuracy_told_task",
+           "seeds", "accuracy_mean", "accuracy_spread", "mcnemar_p", "mcnemar_p_holm", "trainable_parameters",
+           "total_parameters", "images_per_second", "of_seeds")
 
 
 def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results) -> None:

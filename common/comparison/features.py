@@ -38,10 +38,12 @@ class Features:
 
     def together(self, depths: tuple[Depth, ...]) -> list[np.ndarray]:
         """Features of all these depths side by side, of each split."""
-        return [np.concatenate([split[depth] for depth in depths], axis=1) for split in (self.train, self.validation, self.test)]
+        splits = self.train, self.validation, self.test
+        return [np.concatenate([split[depth] for depth in depths], axis=1) for split in splits]
 
 
-def backbone_features(body: nn.Module, train: ImageSet, validation: ImageSet, test: ImageSet, config: HardwareFlags) -> Features:
+def backbone_features(body: nn.Module, train: ImageSet, validation: ImageSet, test: ImageSet,
+                      config: HardwareFlags) -> Features:
     """First token (the class token where there is one), mean and deviation of the tokens behind blocks, and what reaches the
     head, of the images of each split; one pass each. body: images to what reaches the head (B, D)."""
     names = block_names(body)

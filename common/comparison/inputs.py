@@ -75,8 +75,8 @@ class Inputs:
         # The mixture has its experts in an order of its own.
         order = [mixture.expert_names.index(data.task.key) for data in tasks]
         columns = [column for data in tasks for column in mixture.columns[data.task.key]]
-        head = mixture.joint_head
-        self.head_weight, self.head_bias = (value.detach().cpu().numpy()[columns] for value in (head.expert_weight, head.expert_bias))
+        heads = mixture.joint_head.expert_weight, mixture.joint_head.expert_bias
+        self.head_weight, self.head_bias = (value.detach().cpu().numpy()[columns] for value in heads)
         # Per layer, each task's A (r, d_in) and B (d_out, r), scaling in B.
         self.adapters: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name, layer in mixture.mixture_layers().items():
@@ -169,7 +169,8 @@ class Inputs:
     @cached_property
     def experts(self) -> Logits:
         """The logits of each expert, through its own adapter, for its own classes; seconds of one expert."""
-        splits, seconds = [np.empty((len(images), len(self.space.owner)), np.float32) for images in (self.validation, self.test)], []
+        splits = [np.empty((len(images), len(self.space.owner)), np.float32) for images in (self.validation, self.test)]
+        seconds = []
         for task in range(len(self.tasks)):
             own = self.space.own(task)
             for split, images in zip(splits, (self.validation, self.test), strict=True):

@@ -52,7 +52,8 @@ def discriminants(features: np.ndarray, labels: np.ndarray, weights: np.ndarray,
         yield Linear(middle, scale, weight, np.log(priors) - (weight.T * centres).sum(1) / 2, shrinkage)
 
 
-def ridges(features: np.ndarray, targets: np.ndarray, weights: np.ndarray, strengths: Sequence[float] = RIDGES) -> Iterator[Linear]:
+def ridges(features: np.ndarray, targets: np.ndarray, weights: np.ndarray,
+           strengths: Sequence[float] = RIDGES) -> Iterator[Linear]:
     """Ridge regressions of targets (N, C) on features (N, K) without intercept, once for each of `strengths`.
 
     weights: (N,) of the images, 1 in all.

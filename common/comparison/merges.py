@@ -44,7 +44,7 @@ def iso_c(pairs: Pairs) -> Tensor:
 
 
 def knots(pairs: Pairs) -> Tensor:
-    """KnOTS (Stoica et al. 2025, section 4): the updates side by side have one SVD; TIES merges their parts of its right side."""
+    """KnOTS (Stoica et al. 2025, section 4): one SVD of the updates side by side; TIES merges their parts of its right side."""
     left, sizes, right = svd_of_product(_beside(pairs), torch.block_diag(*(down for down, _ in pairs)))
     return left @ _ties([sizes[:, None] * part.T for part in right.split(pairs[0][0].shape[1])])
 
