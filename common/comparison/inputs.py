@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -88,6 +88,17 @@ class Inputs:
         """The same with the settings of another seed."""
         other = copy.copy(self)
         other.config = config
+        return other
+
+    def taught_by(self, rows: np.ndarray) -> "Inputs":
+        """The same with these training images only, of which the features are those that are there."""
+        other = copy.copy(self)
+        other.train = self.train.take(torch.from_numpy(rows))
+        other.learnt = self.space.answers(other.train)
+        few = {depth: values[rows] for depth, values in self.features.train.items()}
+        other.__dict__["features"] = replace(self.features, train=few)
+        for name in ("discriminants", "discriminant"):
+            other.__dict__.pop(name, None)
         return other
 
     # ---- numbers of parameters; the head that the backbone came with answers nothing ----

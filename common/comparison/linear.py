@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import solve
 
-SHRINKAGES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the correlations towards none
+SHRINKAGES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)  # of the correlations towards none
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # in units of the mean square of a feature
 TOO_FLAT = 1e-6  # a feature of a smaller deviation, as a share of the largest, tells nothing
 
@@ -43,6 +43,8 @@ def discriminants(features: np.ndarray, labels: np.ndarray, weights: np.ndarray,
     unbiased = weights * len(labels) / max(len(labels) - np.count_nonzero(counts), 1)
     within = (features - means[labels]) * np.sqrt(unbiased, dtype=np.float32)[:, None]
     deviation = np.sqrt(np.square(within).sum(0))
+    if not deviation.any():  # one image a class tells nothing of the covariance; the nearest mean is left
+        deviation = features.std(0)
     scale = np.where(deviation > TOO_FLAT * deviation.max(), 1 / np.maximum(deviation, 1e-30), 0).astype(np.float32)
     middle = means.mean(0)
     centres = (means - middle) * scale  # (C, K)
