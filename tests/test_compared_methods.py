@@ -99,10 +99,9 @@ def test_discriminants_are_those_of_the_shrunk_correlations_within_classes(image
 
 def test_images_of_a_discriminant_count_by_their_weights():
     """Twice the weight is as two images, but for the number of images from which deviations are made unbiased."""
-    features, labels = random(40, 3), np.arange(40) % 2
-    weights = np.where(np.arange(40) < 20, 2.0, 1.0)
+    labels = np.arange(40) // 20
+    features, weights = random(40, 3) * np.where(labels == 0, [[5], [1], [1]], [[1], [1], [5]]).T, 2.0 - labels
     twice = np.concatenate([np.arange(40), np.arange(20)])
-    features[20:] = features[:20]  # so that means stay
     prior = np.array([0.5, 0.5])
     one = next(linear.discriminants(features, labels, weights / weights.sum(), prior, [0.0001]))
     two = next(linear.discriminants(features[twice], labels[twice], np.full(60, 1 / 60), prior, [0.0001]))
