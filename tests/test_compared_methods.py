@@ -12,9 +12,10 @@ from sklearn.linear_model import Ridge
 
 from common import models
 from common.comparison import inputs as inputs_module
-from common.comparison import joint, linear, mass, merges, mixture, ours, ranpac, routers
+from common.comparison import joint, linear, mass, merges, method_comparison, mixture, ours, ranpac, routers
 from common.comparison.features import HEAD_INPUT, Features
 from common.comparison.inputs import Inputs, Logits, mixed_test
+from common.comparison.method_comparison import Method, MethodComparison
 from common.comparison.score import Scores
 from common.training.loop import Fit
 
@@ -76,6 +77,19 @@ def test_features_are_first_token_mean_and_deviation_behind_blocks_and_what_reac
     assert np.array_equal(found.together((2, 1))[2], np.concatenate([found.test[2], found.test[1]], axis=1))
     assert found.seconds[1] < found.seconds[2] <= found.seconds[HEAD_INPUT]
     assert not inputs.body.beit.layers[0]._forward_hooks
+
+
+def test_methods_share_what_is_computed_whatever_their_seed(config, tasks, inputs, monkeypatch):
+    calls, seeds, features = [], [], inputs.features
+    monkeypatch.setattr(inputs_module, "backbone_features", lambda *_: calls.append(1) or features)
+    monkeypatch.setattr(ours, "mixture", lambda *_, **__: [("mixture", scores)])
+    scores = Scores(np.zeros((16, 8)), 1.0, 0, 0)
+    asked = lambda inputs: seeds.append(inputs.config.seed) or inputs.features and scores  # noqa: E731
+    monkeypatch.setattr(method_comparison, "METHODS", [Method("group", name, asked, seeded=name == "b") for name in "abc"])
+    results = SimpleNamespace(checkpoint=lambda name: None)
+    table = MethodComparison(replace(config, seeds=3), tasks, inputs.mixture, results).run().set_index(["method", "task"])
+    assert len(calls) == 1 and [seed - config.seed for seed in seeds] == [0, 0, 1, 2, 0]
+    assert table.loc[("b", "All"), "seeds"] == 3 and table.loc[("a", "All"), "seeds"] == 1
 
 
 # ---- linear classifiers ----

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
@@ -85,33 +85,14 @@ class Inputs:
                 self.adapters[name] = [(downs[number].float(), ups[number].float()) for number in order]
 
     def seeded(self, config: MixtureConfig) -> "Inputs":
-        """The same with the settings of another seed."""
+        """The same with the settings of another seed; what was computed stays."""
+        if config is self.config:
+            return self
         other = copy.copy(self)
         other.config = config
         return other
 
-    def taught_by(self, rows: np.ndarray) -> "Inputs":
-        """The same with these training images only, of which the features are those that are there."""
-        other = copy.copy(self)
-        other.train = self.train.take(torch.from_numpy(rows))
-        other.learnt = self.space.answers(other.train)
-        few = {depth: values[rows] for depth, values in self.features.train.items()}
-        other.__dict__["features"] = replace(self.features, train=few)
-        for name in ("discriminants", "discriminant"):
-            other.__dict__.pop(name, None)
-        return other
-
     # ---- numbers of parameters; the head that the backbone came with answers nothing ----
-
-    @property
-    def head_parameters(self) -> int:
-        """Those of all experts' heads."""
-        return self.head_weight.size + self.head_bias.size
-
-    @property
-    def adapter_parameters(self) -> int:
-        """Those of all experts' adapters."""
-        return sum(part.numel() for layer in self.adapters.values() for pair in layer for part in pair)
 
     @cached_property
     def backbone_parameters(self) -> int:
@@ -119,9 +100,15 @@ class Inputs:
         return sum(value.numel() for value in self.body.parameters())
 
     @property
+    def merged_parameters(self) -> int:
+        """Those of the backbone and of all experts' heads."""
+        return self.backbone_parameters + self.head_weight.size + self.head_bias.size
+
+    @property
     def expert_parameters(self) -> int:
-        """Those of the backbone and all experts."""
-        return self.backbone_parameters + self.adapter_parameters + self.head_parameters
+        """Those of the backbone and of all experts with their heads."""
+        adapters = (part for layer in self.adapters.values() for pair in layer for part in pair)
+        return self.merged_parameters + sum(part.numel() for part in adapters)
 
     # ---- the plain backbone ----
 

@@ -47,7 +47,7 @@ def joint_lora(inputs: Inputs) -> Scores:
     _, model, rate = min(trained, key=lambda entry: entry[0])
     count = models.trainable_parameters(model)
     (scores,), seconds = collect(model.merge_and_unload(), inputs.test, config)
-    return Scores(scores, seconds[-1], count, inputs.backbone_parameters + inputs.head_parameters, f"learning rate {rate:g}")
+    return Scores(scores, seconds[-1], count, inputs.merged_parameters, f"learning rate {rate:g}")
 
 
 def base_heads(config: MixtureConfig, tasks: list[TaskData]) -> nn.Linear:

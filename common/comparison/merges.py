@@ -87,6 +87,5 @@ def merged(inputs: Inputs, *, merge: Merge) -> Scores:
         found.append((scale, mix, mix.scores(logits, known)))
     scale, mix, _ = inputs.best(found, lambda entry: entry[2])
     logits, seconds = inputs.logits({name: scale * update for name, update in updates.items()}, inputs.test)
-    size = inputs.backbone_parameters + inputs.head_parameters + router.parameters
-    return Scores(mix.scores(logits, asked), seconds + inputs.features.seconds[router.depths[-1]], router.parameters, size,
-                  f"scale {scale:g}")
+    return Scores(mix.scores(logits, asked), seconds + inputs.features.seconds[router.depths[-1]], router.parameters,
+                  inputs.merged_parameters + router.parameters, f"scale {scale:g}")

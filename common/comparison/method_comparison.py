@@ -56,7 +56,8 @@ class MethodComparison:
     def __init__(self, config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results):
         self.inputs = Inputs(config, tasks, mixture, results.checkpoint)
         self.comparison = Comparison(tasks, self.inputs.asked)
-        self.seeds = [dataclasses.replace(config, seed=config.seed + number) for number in range(config.seeds)]
+        others = (dataclasses.replace(config, seed=config.seed + number) for number in range(1, config.seeds))
+        self.seeds = [config, *others]
 
     def run(self) -> pd.DataFrame:
         """Ask every method, with every seed where that makes a difference; see `Comparison.table`."""

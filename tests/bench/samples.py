@@ -1,5 +1,6 @@
 """How many images a class it takes: the mixture's gates against no experts, both fitted to the same few training images."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -36,7 +37,7 @@ def samples(settings: Settings) -> pd.DataFrame:
     for seed in settings.seeds:
         for count in COUNTS[:2] if settings.quick else COUNTS:
             drawn = draw(inputs, count, seed)
-            few = inputs.taught_by(drawn)
+            few = taught_by(inputs, drawn)
             for name, answer in (("no experts", no_experts.discriminant), ("mixture", lambda few: fitted(few, drawn))):
                 started = time.perf_counter()
                 scores = answer(few).values
@@ -54,6 +55,16 @@ def draw(inputs: Inputs, count: int | None, seed: int) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(len(inputs.learnt.labels))
     labels = inputs.learnt.labels[order]
     return np.sort(np.concatenate([order[labels == label][:count] for label in range(len(inputs.space.owner))]))
+
+
+def taught_by(inputs: Inputs, drawn: np.ndarray) -> Inputs:
+    """The same inputs with these training images only, of which the features are those that are there."""
+    few = Inputs(inputs.config, inputs.tasks, inputs.mixture)
+    few.train = inputs.train.take(torch.from_numpy(drawn))
+    few.learnt = few.space.answers(few.train)
+    train = {depth: values[drawn] for depth, values in inputs.features.train.items()}
+    few.__dict__ |= {"body": inputs.body, "features": dataclasses.replace(inputs.features, train=train)}
+    return few
 
 
 def fitted(few: Inputs, drawn: np.ndarray) -> Scores:
