@@ -53,7 +53,7 @@ def test_the_fewest_images_of_each_class_are_among_the_more(tmp_path, workspace,
     assert list(table["images_a_class"]) == ["1", "1", "3", "3", "all", "all"] and (tmp_path / "samples.png").exists()
     assert table[["accuracy", "right_task", "accuracy_told_task"]].stack().between(0, 1).all()
     for (few, drawn), count in zip(seen, (1, 3, 6), strict=True):
-        assert np.array_equal(np.bincount(few.learnt.labels), [count] * 8) and len(few.train) == len(drawn) == 8 * count
+        assert np.array_equal(np.bincount(few.train_answers.labels), [count] * 8) and len(few.train) == len(drawn) == 8 * count
         assert all(len(values) == len(drawn) for values in few.features.train.values())
     assert set(seen[0][1]) < set(seen[1][1]) < set(seen[2][1]) == set(range(48))
 

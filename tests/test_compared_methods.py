@@ -92,6 +92,13 @@ def test_methods_share_what_is_computed_whatever_their_seed(config, tasks, input
     assert table.loc[("b", "All"), "seeds"] == 3 and table.loc[("a", "All"), "seeds"] == 1
 
 
+def test_several_depths_are_looked_at_together_as_far_as_there_are_not_too_many_features(monkeypatch):
+    features = Features({depth: np.zeros((1, 100)) for depth in (*range(1, 7), HEAD_INPUT)}, {}, {}, {}, 6)
+    for widest, several in ((600, [tuple(range(1, 7)), (2, 4, 6)]), (599, [(2, 4, 6), (3, 6)]), (199, [])):
+        monkeypatch.setattr("common.comparison.features.WIDEST", widest)
+        assert features.choices == [*((depth,) for depth in features.train), *several]
+
+
 # ---- linear classifiers ----
 
 
@@ -148,14 +155,14 @@ def made_up(inputs):
     """Inputs of which only the answers are real: depth 1 tells nothing, depth 2 classes, what reaches the head tasks."""
     other = inputs.seeded(inputs.config)
     parts = []
-    for seed, answers in enumerate((other.learnt, other.known, other.asked)):
+    for seed, answers in enumerate((other.train_answers, other.validation_answers, other.test_answers)):
         near = 0.3 * random(len(answers.labels), 8, seed=seed)
         parts.append({1: near, 2: near + np.eye(8, dtype=np.float32)[answers.labels] * 2,
                       HEAD_INPUT: near + np.eye(8, dtype=np.float32)[answers.tasks] * 2})
     other.__dict__.update(features=Features(*parts, seconds={1: 1.0, 2: 2.0, HEAD_INPUT: 3.0}, blocks=2))
     for name in ("discriminants", "discriminant"):
         other.__dict__.pop(name, None)
-    right = [9 * np.eye(8)[answers.labels] for answers in (other.known, other.asked)]
+    right = [9 * np.eye(8)[answers.labels] for answers in (other.validation_answers, other.test_answers)]
     other.__dict__["experts"] = Logits(*right, seconds=10.0)
     return other
 
@@ -166,7 +173,7 @@ def test_no_experts_choose_the_depth_that_tells_classes(made_up):
     found = made_up.discriminant
     assert 2 in found.depths
     for scores in (ranpac.ranpac(made_up).values, found.scores(made_up.features)[1]):
-        assert made_up.asked.right(scores).mean() > 0.9
+        assert made_up.test_answers.right(scores).mean() > 0.9
 
 
 @pytest.mark.parametrize(("router", "seconds"), [
@@ -175,27 +182,28 @@ def test_a_router_chooses_one_expert_whose_answer_counts(made_up, router, second
     made_up.features.train[1], made_up.features.validation[1], made_up.features.test[1] = (
         getattr(made_up.features, split)[HEAD_INPUT] for split in ("train", "validation", "test"))
     found = router(made_up)
-    assert made_up.asked.right(found.values).mean() > 0.9 and np.isfinite(found.values).all()
+    assert made_up.test_answers.right(found.values).mean() > 0.9 and np.isfinite(found.values).all()
     assert (np.ptp(found.values, axis=1) > 1000).all()  # the other expert does not run
     assert seconds is None or found.seconds == pytest.approx(seconds)
     assert found.total == made_up.expert_parameters + found.trainable > made_up.expert_parameters
 
 
 def test_a_gaussian_for_each_task_tells_tasks_of_one_mean(made_up):
-    for split, answers in (("train", made_up.learnt), ("validation", made_up.known), ("test", made_up.asked)):
-        features = getattr(made_up.features, split)[HEAD_INPUT]
+    for split in ("train", "validation", "test"):
+        features, answers = getattr(made_up.features, split)[HEAD_INPUT], getattr(made_up, f"{split}_answers")
         wide = np.where(answers.tasks[:, None] == 0, [[1, 9] * 4], [[9, 1] * 4])
         features[:] = random(*features.shape, seed=len(features)) * wide
     found = routers.mahalanobis_router(made_up)
-    assert made_up.asked.right_task(found.values).mean() > 0.9 and found.choice.startswith("each")
+    assert made_up.test_answers.right_task(found.values).mean() > 0.9 and found.choice.startswith("each")
 
 
 def test_of_routers_the_best_by_validation_is_asked(inputs):
     """The first is right about validation images and wrong about test images, the second the other way round."""
-    ways = [(np.eye(2)[answers.tasks], np.eye(2)[1 - answers.tasks]) for answers in (inputs.known, inputs.asked)]
+    ways = [(np.eye(2)[answers.tasks], np.eye(2)[1 - answers.tasks])
+            for answers in (inputs.validation_answers, inputs.test_answers)]
     found = routers.one_expert(inputs, [routers.TaskRouter(ways[0][flip], ways[1][1 - flip], 1.0, 0, str(flip))
                                         for flip in (1, 0)])
-    assert found.choice == "0" and not inputs.asked.right_task(found.values).any()
+    assert found.choice == "0" and not inputs.test_answers.right_task(found.values).any()
 
 
 # ---- MASS ----
@@ -283,7 +291,7 @@ def test_the_scale_of_a_merge_is_chosen_by_validation(inputs, monkeypatch, best)
     """A scale is right about validation images, and about test images every one but it."""
     def read(updates, data):
         right = (updates[LAYER].item() == pytest.approx(best)) == (data is not inputs.test)
-        answers = inputs.known if data is not inputs.test else inputs.asked
+        answers = inputs.validation_answers if data is not inputs.test else inputs.test_answers
         asked.append((data is inputs.test, updates[LAYER].item()))
         return (9 if right else -9) * np.eye(8)[answers.labels], 1.0
 
@@ -292,7 +300,7 @@ def test_the_scale_of_a_merge_is_chosen_by_validation(inputs, monkeypatch, best)
     monkeypatch.setattr(other, "logits", read)
     monkeypatch.setattr(other, "adapters", {LAYER: None})
     found = merges.merged(other, merge=lambda _: torch.ones(1))
-    assert not inputs.asked.right(found.values).any() and found.choice == f"scale {best:g}"
+    assert not inputs.test_answers.right(found.values).any() and found.choice == f"scale {best:g}"
     assert [scale for test, scale in asked if test] == pytest.approx([best])  # test images are read once
 
 

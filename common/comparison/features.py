@@ -13,6 +13,7 @@ from common.training.blocks import block_names
 from common.training.evaluate import logits_of
 
 DEPTHS = 12  # at most, evenly spaced over the blocks
+WIDEST = 20_000  # features of several depths together, for memory and time
 EARLY = (3, 4)  # blocks behind which Any-SSR looks
 HEAD_INPUT = "what reaches the head"
 
@@ -31,10 +32,12 @@ class Features:
 
     @property
     def choices(self) -> list[tuple[Depth, ...]]:
-        """Each depth alone, then all blocks' together, and every second of them, the last one included."""
+        """Each depth alone, then several together: all blocks', or every second, third ... up to the last, the two choices
+        of the most features that are not too many."""
         blocks = [depth for depth in self.train if depth != HEAD_INPUT]
-        several = [tuple(blocks), tuple(blocks[::-1][::2][::-1])]
-        return [*((depth,) for depth in self.train), *(depths for depths in several if len(depths) > 1)]
+        several = [tuple(blocks[::-1][::step][::-1]) for step in range(1, len(blocks))]
+        fitting = [depths for depths in several if sum(self.train[depth].shape[1] for depth in depths) <= WIDEST]
+        return [*((depth,) for depth in self.train), *(depths for depths in fitting[:2] if len(depths) > 1)]
 
     def together(self, depths: tuple[Depth, ...]) -> list[np.ndarray]:
         """Features of all these depths side by side, of each split."""

@@ -71,7 +71,8 @@ class Inputs:
         self.space = Space.of(tasks)
         self.train, self.validation = (together([getattr(data, split) for data in tasks]) for split in ("train", "validation"))
         self.test = mixed_test(tasks, config.seed)
-        self.learnt, self.known, self.asked = map(self.space.answers, (self.train, self.validation, self.test))
+        self.train_answers, self.validation_answers, self.test_answers = (
+            self.space.answers(images) for images in (self.train, self.validation, self.test))
         # The mixture has its experts in an order of its own.
         order = [mixture.expert_names.index(data.task.key) for data in tasks]
         columns = [column for data in tasks for column in mixture.columns[data.task.key]]
@@ -131,7 +132,7 @@ class Inputs:
         found = []
         for depths in self.features.choices:
             train, validation, _ = self.features.together(depths)
-            fitted = discriminants(train, self.learnt.labels, self.learnt.weights, priors)
+            fitted = discriminants(train, self.train_answers.labels, self.train_answers.weights, priors)
             best = self.best(fitted, lambda classifier, seen=validation: classifier(seen))
             found.append(ClassRouter(depths, best))
         return found
@@ -143,7 +144,7 @@ class Inputs:
 
     def best(self, candidates: Iterable[Candidate], scores: Callable[[Candidate], np.ndarray]) -> Candidate:
         """The candidate whose scores (N, C) for the validation images are most often right, then likeliest."""
-        return max(candidates, key=lambda candidate: self.known.rating(scores(candidate)))
+        return max(candidates, key=lambda candidate: self.validation_answers.rating(scores(candidate)))
 
     # ---- the experts ----
 

@@ -83,7 +83,7 @@ def merged(inputs: Inputs, *, merge: Merge) -> Scores:
     found = []
     for scale in SCALES:
         logits, _ = inputs.logits({name: scale * update for name, update in updates.items()}, inputs.validation)
-        mix = fitted_mix(logits, known, inputs.known)
+        mix = fitted_mix(logits, known, inputs.validation_answers)
         found.append((scale, mix, mix.scores(logits, known)))
     scale, mix, _ = inputs.best(found, lambda entry: entry[2])
     logits, seconds = inputs.logits({name: scale * update for name, update in updates.items()}, inputs.test)

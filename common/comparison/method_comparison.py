@@ -33,7 +33,7 @@ class Method:
 
 def oracle(inputs: Inputs) -> Scores:
     """Each task's own expert, and the task told."""
-    own = inputs.space.owner == inputs.asked.tasks[:, None]
+    own = inputs.space.owner == inputs.test_answers.tasks[:, None]
     return Scores(np.where(own, inputs.experts.test, -np.inf), inputs.experts.seconds, 0, inputs.expert_parameters)
 
 
@@ -55,14 +55,14 @@ class MethodComparison:
 
     def __init__(self, config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results):
         self.inputs = Inputs(config, tasks, mixture, results.checkpoint)
-        self.comparison = Comparison(tasks, self.inputs.asked)
+        self.comparison = Comparison(tasks, self.inputs.test_answers)
         others = (dataclasses.replace(config, seed=config.seed + number) for number in range(1, config.seeds))
         self.seeds = [config, *others]
 
     def run(self) -> pd.DataFrame:
         """Ask every method, with every seed where that makes a difference; see `Comparison.table`."""
         joint.base_heads(self.inputs.config, self.inputs.tasks)  # what is missing is to be known before the work
-        for number, settings in enumerate(self.seeds[: None if self.inputs.config.epochs else 1]):
+        for number, settings in enumerate(self.seeds[: 1 if self.inputs.config.epochs == 0 else None]):
             for name, scores in ours.mixture(self.inputs.seeded(settings), first=number == 0):
                 self.comparison.put(name, OURS, scores)
         for method in METHODS:

@@ -17,13 +17,13 @@ def ranpac(inputs: Inputs) -> Scores:
 
     The depth, or several together, and the ridge are chosen by validation images.
     """
-    features, targets = inputs.features, np.eye(len(inputs.space.owner), dtype=np.float32)[inputs.learnt.labels]
+    features, targets = inputs.features, np.eye(len(inputs.space.owner), dtype=np.float32)[inputs.train_answers.labels]
     found = []
     for depths in features.choices:
         train, validation, _ = features.together(depths)
         expand = random_features(train, inputs.config.seed)
         seen = expand(validation)
-        best = inputs.best(ridges(expand(train), targets, inputs.learnt.weights), lambda linear, seen=seen: linear(seen))
+        best = inputs.best(ridges(expand(train), targets, inputs.train_answers.weights), lambda linear, seen=seen: linear(seen))
         found.append((depths, best, expand, best(seen)))
     depths, best, expand, _ = inputs.best(found, lambda entry: entry[3])
     return Scores(best(expand(features.together(depths)[2])), features.seconds[depths[-1]], best.parameters,

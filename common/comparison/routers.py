@@ -29,14 +29,14 @@ def ridge_router(inputs: Inputs) -> Scores:
 
     They are those behind block 3 or 4; which, and the ridge, is chosen by validation images.
     """
-    features, targets = inputs.features, np.eye(len(inputs.tasks), dtype=np.float32)[inputs.learnt.tasks]
+    features, targets = inputs.features, np.eye(len(inputs.tasks), dtype=np.float32)[inputs.train_answers.tasks]
     found = []
     for depth in [depth for depth in EARLY if depth in features.train] or [*features.train][:1]:
         expand = random_features(features.train[depth], inputs.config.seed)
         train, validation, test = map(expand, features.together((depth,)))
         found += [TaskRouter(linear(validation), linear(test), features.seconds[depth], linear.parameters,
                              f"{shown((depth,))}, ridge {linear.strength:g}")
-                  for linear in ridges(train, targets, inputs.learnt.weights)]
+                  for linear in ridges(train, targets, inputs.train_answers.weights)]
     return one_expert(inputs, found)
 
 
@@ -46,7 +46,7 @@ def mahalanobis_router(inputs: Inputs) -> Scores:
     The shrinkage, and whether tasks have a covariance each or share one, are chosen by validation images.
     """
     train, *asked = (split.astype(np.float64) for split in inputs.features.together((HEAD_INPUT,)))
-    own = [train[inputs.learnt.tasks == task] for task in range(len(inputs.tasks))]
+    own = [train[inputs.train_answers.tasks == task] for task in range(len(inputs.tasks))]
     each = [np.cov(rows, rowvar=False) for rows in own]
     found = []
     for kind, covariances in (("each", each), ("shared", [np.mean(each, axis=0)])):
@@ -85,7 +85,7 @@ def best_router(inputs: Inputs) -> Scores:
     found = []
     for router in inputs.discriminants:
         validation, test = map(space.evidence, router.scores(inputs.features))
-        mix = fitted_mix(experts.validation, validation, inputs.known)
+        mix = fitted_mix(experts.validation, validation, inputs.validation_answers)
         found.append((answer(experts.validation, validation), answer(experts.test, test), router))
     _, scores, router = inputs.best(found, lambda entry: entry[0])
     return Scores(scores, inputs.features.seconds[router.depths[-1]] + experts.seconds, router.parameters,

@@ -41,8 +41,8 @@ def samples(settings: Settings) -> pd.DataFrame:
             for name, answer in (("no experts", no_experts.discriminant), ("mixture", lambda few: fitted(few, drawn))):
                 started = time.perf_counter()
                 scores = answer(few).values
-                right, task, told = (float(few.asked.weights @ of(scores)) for of in (
-                    few.asked.right, few.asked.right_task, few.asked.right_told))
+                right, task, told = (float(few.test_answers.weights @ of(scores)) for of in (
+                    few.test_answers.right, few.test_answers.right_task, few.test_answers.right_told))
                 rows.append({"seed": seed, "images_a_class": EVERY if count is None else count, "method": name,
                              "accuracy": right, "right_task": task, "accuracy_given_right_task": right / task if task else 0.0,
                              "accuracy_told_task": told, "seconds": time.perf_counter() - started})
@@ -52,8 +52,8 @@ def samples(settings: Settings) -> pd.DataFrame:
 
 def draw(inputs: Inputs, count: int | None, seed: int) -> np.ndarray:
     """Rows of so many training images of each class, at random; those of a larger number hold those of a smaller one."""
-    order = np.random.default_rng(seed).permutation(len(inputs.learnt.labels))
-    labels = inputs.learnt.labels[order]
+    order = np.random.default_rng(seed).permutation(len(inputs.train_answers.labels))
+    labels = inputs.train_answers.labels[order]
     return np.sort(np.concatenate([order[labels == label][:count] for label in range(len(inputs.space.owner))]))
 
 
@@ -61,7 +61,7 @@ def taught_by(inputs: Inputs, drawn: np.ndarray) -> Inputs:
     """The same inputs with these training images only, of which the features are those that are there."""
     few = Inputs(inputs.config, inputs.tasks, inputs.mixture)
     few.train = inputs.train.take(torch.from_numpy(drawn))
-    few.learnt = few.space.answers(few.train)
+    few.train_answers = few.space.answers(few.train)
     train = {depth: values[drawn] for depth, values in inputs.features.train.items()}
     few.__dict__ |= {"body": inputs.body, "features": dataclasses.replace(inputs.features, train=train)}
     return few
