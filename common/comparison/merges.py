@@ -10,7 +10,7 @@ from common.comparison.answers import fitted_mix
 from common.comparison.inputs import Inputs
 from common.comparison.score import Scores
 
-SCALES = (0.1, 0.2, 0.35, 0.6, 1.0, 1.6)  # of a merged update
+SCALES = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.6)  # of a merged update
 DENSITY = 0.2  # share of the entries that TIES keeps (Yadav et al. 2023, section 4)
 
 Pairs = Sequence[tuple[Tensor, Tensor]]  # of one layer, each expert's A (r, d_in) and B (d_out, r)
