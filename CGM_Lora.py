@@ -1,7 +1,7 @@
 """Step 6: one context-gated mixture over all LoRA experts, which is never told the task and answers among all tasks' classes.
 
 Its gates start in closed form from the training images of all tasks; training goes on from there, as long as it helps.
---compare puts it beside routers, merges, joint training and an oracle, in CGM_Lora_Comparison.csv and .png.
+--compare puts it beside no experts, routers, merges, joint training and an oracle, in CGM_Lora_Comparison.csv and .png.
 --add_expert NAME=FOLDER adds the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone; the
 results are in Results/CGM_Lora_NAME, the mixture it started from stays.
 """

@@ -15,7 +15,7 @@ from image_sources import write_folders  # noqa: E402
 from pipeline import Workspace, save_tiny_backbone  # noqa: E402
 
 from common.cli.flags import SCRIPTS  # noqa: E402
-from common.comparison.contest import Contest  # noqa: E402
+from common.comparison import method_comparison  # noqa: E402
 from common.comparison.score import Comparison  # noqa: E402
 
 
@@ -50,8 +50,8 @@ def three(workspace, tmp_path_factory):
         made.run(script)
     with pytest.MonkeyPatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(Comparison, "table", lambda *_: 1 / 0)
-        for untrained in ("_routers", "_merges"):
-            broken.setattr(Contest, untrained, lambda *_: None)
+        trained = [method for method in method_comparison.METHODS if method.group == method_comparison.TOGETHER]
+        broken.setattr(method_comparison, "METHODS", trained)
         made.run("CGM_Lora", "--compare", "--seeds", "2")
     made.pictures = True
     with redirect_stdout(StringIO()) as printed:

@@ -3,6 +3,7 @@
 import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from pipeline import tiny_beit
 
 from ContextGatedMOE import Expert
-from tests.bench import data, preparation
+from tests.bench import data, preparation, samples
 from tests.bench.__main__ import BENCHMARKS, WHOLE, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
 from tests.bench.setups import experts, mixture, twin
@@ -40,6 +41,21 @@ def test_a_benchmark_writes_its_times_its_ratios_and_a_picture(tmp_path, capsys)
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in [*BENCHMARKS, *WHOLE])
+
+
+def test_the_fewest_images_of_each_class_are_among_the_more(tmp_path, workspace, monkeypatch):
+    """Both methods see the same images."""
+    seen, fit = [], samples.fitted
+    monkeypatch.setattr(samples, "COUNTS", (1, 3, None))
+    monkeypatch.setattr(samples, "fitted", lambda few, drawn: seen.append((few, drawn)) or fit(few, drawn))
+    main(["--device", "cpu", "--root", str(workspace.root), "--output", str(tmp_path), "samples", "--seeds", "4"])
+    table = pd.read_csv(tmp_path / "samples.csv")
+    assert list(table["images_a_class"]) == ["1", "1", "3", "3", "all", "all"] and (tmp_path / "samples.png").exists()
+    assert table[["accuracy", "right_task", "accuracy_told_task"]].stack().between(0, 1).all()
+    for (few, drawn), count in zip(seen, (1, 3, 6), strict=True):
+        assert np.array_equal(np.bincount(few.train_answers.labels), [count] * 8) and len(few.train) == len(drawn) == 8 * count
+        assert all(len(values) == len(drawn) for values in few.features.train.values())
+    assert set(seen[0][1]) < set(seen[1][1]) < set(seen[2][1]) == set(range(48))
 
 
 def test_cases_take_turns(tmp_path):

@@ -8,20 +8,18 @@ from PIL import Image
 from pipeline import Workspace
 
 from common import models
-from common.comparison import compare, methods, mixture
-from common.comparison.contest import EARLIER, JOINT, Contest
-from common.comparison.score import MIXTURE, ORACLE
+from common.comparison import compare, mixture, ours
+from common.comparison.method_comparison import METHODS, ORACLE, MethodComparison
+from common.comparison.ours import FORMS
+from common.comparison.score import MIXTURE
 from common.errors import UserError
 
 pytest_plugins = ["warm_process"]
 
 TASKS = {"fire": "Fire_Risk", "game": "Game", "third": "third"}
-READ = ["surest head", "mixture's gates"]
-TRAINED = [MIXTURE, "mixture, top 1", "mixture, uniform body", JOINT, f"{EARLIER}, mixed batches", f"{EARLIER}, pure batches"]
-BODIES = [*(f"{shown} merge" for shown in methods.SHOWN.values()), "Arrow, top 1", "Arrow, all"]
-UNTRAINED = ["mixture, start only", *(f"{key} expert alone" for key in TASKS), "all experts, surest answer",
-             "router, then one expert", "router and all experts", ORACLE, *(f"{body}, {READ[0]}" for body in BODIES)]
-BY_GATES = [f"{body}, {READ[1]}" for body in BODIES]  # once for each trained mixture
+JOINT = "joint LoRA of the total rank"
+SEEDED = [*FORMS, *(method.name for method in METHODS if method.seeded)]
+ONCE = [method.name for method in METHODS if not method.seeded]
 TABLE = "CGM_Lora/CGM_Lora_Comparison.csv"
 
 
@@ -38,22 +36,22 @@ def compared(three):
 def test_every_method_has_a_row_for_every_task_and_all_and_its_number_of_seeds(compared):
     table = table_of(compared, "method")
     rows = set(zip(table.index, table["task"], strict=True))
-    assert rows == {(method, task) for method in (*TRAINED, *UNTRAINED, *BY_GATES) for task in (*TASKS.values(), "All")}
+    assert rows == {(method, task) for method in (*SEEDED, *ONCE) for task in (*TASKS.values(), "All")}
     assert len(table) == len(rows) and (table["images_per_second"] > 0).all()
     assert table["accuracy"].between(table["accuracy_low"], table["accuracy_high"]).all()
     assert (table["accuracy_told_task"] >= table["accuracy"]).all()
-    assert set(table.loc[[*TRAINED, *BY_GATES], "seeds"]) == {2} and set(table.loc[UNTRAINED, "seeds"]) == {1}
-    assert table.loc[UNTRAINED, "accuracy_spread"].isna().all() and table.loc[TRAINED, "accuracy_spread"].notna().all()
+    assert (table["right_task"] * table["accuracy_given_right_task"]).fillna(0).sub(table["accuracy"]).abs().max() < 1e-6
+    assert set(table.loc[SEEDED, "seeds"]) == {2} and set(table.loc[ONCE, "seeds"]) == {1}
+    assert table.loc[ONCE, "accuracy_spread"].isna().all() and table.loc[SEEDED, "accuracy_spread"].notna().all()
 
 
 def test_the_compared_mixture_is_the_finished_one_and_the_oracle_the_experts(compared):
     table, summary = table_of(compared, "method", "task"), compared.summary().set_index(["method", "task"])
-    for key, task in TASKS.items():
+    for task in TASKS.values():
         for name in ("accuracy", "accuracy_low", "accuracy_high", "accuracy_told_task", "right_task", "trainable_parameters"):
             assert table.loc[(MIXTURE, task), name] == pytest.approx(summary.loc[("CGM_Lora", task), name], abs=1e-6)
         expert = pytest.approx(summary.loc[("Lora_Finetune", task), "accuracy"], abs=1e-6)
-        assert [table.loc[(method, task), "accuracy_told_task"] for method in (ORACLE, f"{key} expert alone")] == [expert] * 2
-        assert table.loc[(ORACLE, task), "accuracy"] == expert
+        assert [table.loc[(ORACLE, task), name] for name in ("accuracy", "accuracy_told_task")] == [expert] * 2
 
 
 def test_parameters_are_those_that_are_needed(compared):
@@ -64,35 +62,33 @@ def test_parameters_are_those_that_are_needed(compared):
     lora = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
     heads = head.expert_weight.numel() + head.expert_bias.numel()
     backbone = base - lora - heads - sum(value.numel() for value in head.base.parameters())
-    expected = {MIXTURE: backbone + lora + heads + gates, ORACLE: backbone + lora + heads,
-                "fire expert alone": backbone + heads // 3, f"TIES merge, {READ[0]}": backbone + heads,
-                f"TIES merge, {READ[1]}": backbone + heads + gates, f"Arrow, all, {READ[0]}": backbone + lora + heads,
-                JOINT: backbone + heads}
+    read = table.loc["linear discriminant", "trainable_parameters"]
+    expected = {MIXTURE: backbone + lora + heads + gates, ORACLE: backbone + lora + heads, JOINT: backbone + heads,
+                "linear discriminant": backbone + read, "TIES merge": backbone + heads + read,
+                "MASS, subspace router": backbone + lora + heads}
     assert {name: table.loc[name, "total_parameters"] for name in expected} == expected
     assert table.loc[JOINT, "trainable_parameters"] == lora + heads  # as many as all experts have
 
 
 def test_a_comparison_goes_on_after_the_trainings_that_are_done(three):
     place, printed = three
-    # The mixture of the second seed, two joint LoRAs and the earlier formulation of each.
-    assert printed.count("trained already") == 7 and ": loss " not in printed
+    # The mixture of the second seed and two joint LoRAs of each.
+    assert printed.count("trained already") == 5 and ": loss " not in printed
     assert not (place.results / "CGM_Lora" / "Checkpoints").exists()
     with Image.open(place.results / "CGM_Lora" / "CGM_Lora_Comparison.png") as image:
         assert min(image.size) > 600
 
 
-def test_a_finished_comparison_is_shown_without_work_also_after_a_spreadsheet(compared, tmp_path, monkeypatch, capsys):
+def test_a_finished_comparison_is_shown_without_work(compared, tmp_path, monkeypatch, capsys):
     again = compared.copy(tmp_path / "root")
     path = again.results / TABLE
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    table.replace(r"^(\d+)\.(\d+)$", r"\1,\2", regex=True).to_csv(path, sep=";", index=False, encoding="utf-8-sig")
     path.with_suffix(".png").unlink()
-    monkeypatch.setattr(compare, "Contest", None)
+    monkeypatch.setattr(compare, "MethodComparison", None)
     for _ in range(2):
         capsys.readouterr()
         again.run("CGM_Lora", "--compare", "--seeds", "2")
         shown = capsys.readouterr().out
-        assert "finished already" in shown and all(method in shown for method in (*TRAINED, *UNTRAINED)) and "nan" not in shown
+        assert "finished already" in shown and all(method in shown for method in (*SEEDED, *ONCE)) and " nan" not in shown
     assert path.with_suffix(".png").exists()
     path.write_text("nothing of the kind")
     with pytest.raises(UserError, match="delete it") as told:
@@ -102,8 +98,8 @@ def test_a_finished_comparison_is_shown_without_work_also_after_a_spreadsheet(co
 
 def test_a_comparison_is_made_anew_for_other_seeds_or_another_mixture(compared, tmp_path, monkeypatch):
     again, asked = compared.copy(tmp_path / "root"), []
-    table = compare._read(compared.results / TABLE)
-    monkeypatch.setattr(Contest, "run", lambda bench: asked.append(bench.config.seeds) or table)
+    table = pd.read_csv(compared.results / TABLE)
+    monkeypatch.setattr(MethodComparison, "run", lambda comparison: asked.append(len(comparison.seeds)) or table)
     again.run("CGM_Lora", "--compare", "--seeds", "3")
     again.run("CGM_Lora", "--overwrite", "--gate_hidden", "3")
     assert not list((again.results / "CGM_Lora").glob("*Comparison*"))
@@ -112,7 +108,7 @@ def test_a_comparison_is_made_anew_for_other_seeds_or_another_mixture(compared, 
 
 
 def test_what_a_comparison_lacks_is_said_in_one_line_before_the_work(compared, tmp_path, monkeypatch):
-    monkeypatch.setattr(Contest, "_mixtures", lambda _: 1 / 0)
+    monkeypatch.setattr(ours, "mixture", lambda *_: 1 / 0)
     again = compared.copy(tmp_path / "root")
     (again.results / TABLE).unlink()
     shutil.rmtree(models.base_folder(again.config("CGM_Lora"), again.tasks()[0].task))
@@ -130,12 +126,11 @@ def test_two_processes_with_uneven_batches_compare_as_one(warm_process, compared
     """
     place = compared.copy(tmp_path / "root")
     shutil.rmtree(place.results / "CGM_Lora")
-    few = {"common.comparison.methods.SHOWN": {"ties": "TIES"}, "common.comparison.passes.EVALUATION_BATCH": 3,
-           "common.training.evaluate.EVALUATION_BATCH": 3, "common.mixture.EVALUATION_BATCH": 3}
+    modules = "comparison.timing", "training.evaluate", "comparison.mixture"
+    few = {f"common.{module}.EVALUATION_BATCH": 3 for module in modules}
     done = warm_process.run("CGM_Lora.py", *place.flags("CGM_Lora", "--epochs", "0", "--compare"), processes=2, constants=few)
     assert (done.status, done.errors) == (0, "") and done.output.count("The comparison is in") == 1
-    assert done.output.count("so it is its start") == 1
     one, two = (table_of(found, "method", "task") for found in (compared, place))
-    start, *same = [name for name in UNTRAINED if "merge" not in name or name.startswith("TIES")]
+    same = [name for name in (*SEEDED, *ONCE) if name not in FORMS]
     for name in ("accuracy", "accuracy_told_task", "right_task", "total_parameters"):
-        assert two.loc[MIXTURE, name].equals(one.loc[start, name]) and two.loc[same, name].equals(one.loc[same, name]), name
+        assert two.loc[same, name].equals(one.loc[same, name]), name

@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from common.comparison import passes, router
-from common.comparison.answers import Mix, Space, fitted_mix
-from common.comparison.contest import mixed_test
-from common.comparison.score import Comparison, holm, wilson
+from common.comparison import timing
+from common.comparison.answers import NOT_CHOSEN, Mix, Space, fitted_mix
+from common.comparison.inputs import mixed_test
+from common.comparison.score import Comparison, Scores, holm, wilson
 
 TITLES = ["Fire_Risk", "Game"]
 SPACE = Space([2, 3], np.array([0, 0, 1, 1, 1]))
@@ -38,7 +38,7 @@ def compared(**right):
     found = Comparison([SimpleNamespace(task=SimpleNamespace(title=title)) for title in TITLES], ANSWERS)
     for name, runs in right.items():
         for run in runs if isinstance(runs, list) else [runs]:
-            found.put(name, "group", scores_of(ANSWERS, run), seconds=0.5, trainable=1, total=2)
+            found.put(name, "group", Scores(scores_of(ANSWERS, run), seconds=0.5, trainable=1, total=2))
     return found.table().set_index(["method", "task"])
 
 
@@ -104,30 +104,37 @@ def test_mcnemar_is_the_binomial_test_by_hand_and_holms_correction_over_methods(
 def test_the_time_is_that_of_the_median_batch_after_the_first(workspace, tasks, monkeypatch):
     """Batches of 4: an image of the first takes 9 seconds, of the others 1, 2 and 4."""
     data, clock = mixed_test(tasks, 0), iter([tick for seconds in (9, 1, 2, 4) for tick in (0, 4 * seconds)])
-    monkeypatch.setattr(passes, "EVALUATION_BATCH", 4)
-    monkeypatch.setattr(passes, "_now", lambda device: next(clock))
-    (values,), seconds = passes.collect(torch.nn.Flatten(), data, workspace.config("CGM_Lora"))
+    monkeypatch.setattr(timing, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr(timing, "_now", lambda device: next(clock))
+    (values,), (seconds,) = timing.collect(torch.nn.Flatten(), data, workspace.config("CGM_Lora"))
     assert seconds == pytest.approx(2) and np.array_equal(values, data.batch(torch.arange(16)).flatten(1))
 
 
-def test_a_router_finds_the_expert_by_what_is_told_apart_and_asks_it_alone():
-    rng = np.random.default_rng(0)
-    train, known = (answers_of(labels > 1, labels - 2 * (labels > 1)) for labels in (rng.permutation(60) % 5 for _ in range(2)))
-    telling = [np.eye(5)[answers.labels] + 0.1 * rng.normal(size=(60, 5)) for answers in (train, known)]
-    silent, own = [rng.normal(size=(60, 5)) for _ in range(2)], rng.normal(size=(60, 5))
-    seen = [{"silent": silent[part], "telling": telling[part]} for part in range(2)]
-    one, every = router.best_routers(seen[0], train, seen[1], own, known)
-    for found in (one, every):
-        assert found.place == "telling" and found.of_classes  # which says of the classes what the experts do not know
-        experts, classes = (np.exp(part) for part in found.evidence(telling[1]))
-        assert np.allclose(classes.sum(1), 1)
-        for own_classes in (SPACE.own(0), SPACE.own(1)):
-            assert np.allclose(experts[:, own_classes], classes[:, own_classes].sum(1, keepdims=True))
-        assert known.right(found.all_experts(own, telling[1])).all()
-    assert known.right(one.one_expert(own, telling[1])).all()
-    by_tasks = next(found for found in router.routers({"telling": telling[0]}, train) if not found.of_classes)
-    by_tasks.mix = Mix(SPACE, 1.0, (1.0,))
-    answer = by_tasks.one_expert(own, silent[1])
-    assert np.array_equal(known.right_told(answer), known.right_told(own))
-    asked = SPACE.owner[by_tasks.evidence(silent[1])[0].argmax(1)]
-    assert np.array_equal(SPACE.owner[answer.argmax(1)], asked)
+def test_the_time_until_a_part_of_a_model_is_that_until_it_begins(workspace, tasks, monkeypatch):
+    """Batches of 16 images, that is all: an image takes 1, 2 and 3 seconds in the three parts."""
+    clock, parts = [0], []
+
+    def passed(seconds):
+        clock[0] += 16 * seconds
+
+    for seconds in (1, 2, 3):
+        parts.append(torch.nn.Flatten())
+        parts[-1].register_forward_hook(lambda *_, seconds=seconds: passed(seconds))
+    monkeypatch.setattr(timing, "_now", lambda device: clock[0])
+    model, data = torch.nn.Sequential(*parts), mixed_test(tasks, 0)
+    assert timing.collect(model, data, workspace.config("CGM_Lora"), parts=parts[1:])[1] == pytest.approx([1, 3, 6])
+
+
+def test_evidence_of_classes_is_normalised_and_a_tasks_is_that_of_its_classes_together():
+    scores = np.random.default_rng(0).normal(size=(7, 5))
+    tasks, classes = (np.exp(part) for part in SPACE.evidence(scores))
+    assert np.allclose(classes.sum(1), 1) and np.allclose(classes / classes[:, :1], np.exp(scores - scores[:, :1]))
+    for own in (SPACE.own(0), SPACE.own(1)):
+        assert np.allclose(tasks[:, own], classes[:, own].sum(1, keepdims=True))
+
+
+def test_one_expert_answers_and_the_others_only_if_the_task_is_told():
+    scores, chosen = np.random.default_rng(0).normal(size=(16, 5)), np.arange(16) % 2
+    only = SPACE.only(scores, chosen)
+    assert np.array_equal(SPACE.owner[only.argmax(1)], chosen) and NOT_CHOSEN > 100
+    assert np.array_equal(ANSWERS.right_told(only), ANSWERS.right_told(scores))

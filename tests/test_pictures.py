@@ -33,7 +33,7 @@ def test_pictures_are_bounded_and_names_in_them_are_text_and_short(tmp_path, mon
     plotting.routing(tmp_path / "r.png", routes, "$$")
     table = pd.DataFrame([{
         "method": "$$ a", "group": "$g_$", "task": task, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6,
-        "accuracy_told_task": 0.55, "accuracy_mean": 0.5, "seeds": 1} for task in [*ODD_NAMES, "All"]])
+        "accuracy_told_task": 0.55, "right_task": 0.9, "accuracy_given_right_task": 5 / 9, "accuracy_mean": 0.5, "seeds": 1} for task in [*ODD_NAMES, "All"]])
     plotting.comparison(tmp_path / "k.png", table, "_")
     assert all((tmp_path / f"{name}.png").exists() for name in "mrk") and "cannot" not in capsys.readouterr().err
 

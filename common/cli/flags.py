@@ -270,7 +270,7 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
         0, "passes over the training images after the closed-form start, which is epoch 0; the best epoch is taken"
     )
     learning_rate: float = option(2e-3, "peak learning rate of the gates")
-    compare: bool = option(False, "also compare the mixture with single experts, merges, Arrow routing and joint training")
+    compare: bool = option(False, "also compare the mixture with no experts, routers, merges, joint training and an oracle")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")
     demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3}
 

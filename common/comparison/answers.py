@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 from common.data.tensors import ImageSet, TaskData
 
 SMALLEST, LARGEST = 0.05, 20.0  # of a scale or a weight; where validation has no mistakes there is no best value
+NOT_CHOSEN = 1e4  # what the classes of an expert that does not run lose: only if the task were told would it be asked
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Space:
     def heads(self, logits: np.ndarray) -> np.ndarray:
         """Log-probabilities (N, C), normalised within each task, from logits (N, C) of heads side by side."""
         return np.concatenate([log_softmax(logits[:, self.own(task)], axis=1) for task in range(len(self.sizes))], axis=1)
+
+    def evidence(self, scores: np.ndarray) -> list[np.ndarray]:
+        """Log-probabilities of the tasks, for each of their classes, and of the classes; each (N, C), from scores (N, C) that
+        are log-probabilities of the classes up to a constant."""
+        classes = log_softmax(scores.astype(np.float64), axis=1)
+        tasks = [logsumexp(classes[:, self.own(task)], axis=1) for task in range(len(self.sizes))]
+        return [np.stack(tasks, axis=1)[:, self.owner], classes]
+
+    def only(self, scores: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Scores (N, C) where each image is answered by the expert of one task (N,)."""
+        return scores - NOT_CHOSEN * (self.owner != tasks[:, None])
 
     def answers(self, data: ImageSet) -> "Answers":
         """The right answers of images of all tasks."""

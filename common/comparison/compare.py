@@ -1,14 +1,12 @@
 """`CGM_Lora.py --compare`: the comparison of one finished mixture, made once and then shown."""
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from common import models
 from common.cli.flags import MixtureConfig
-from common.comparison.contest import Contest
+from common.comparison.method_comparison import MethodComparison
 from common.comparison.score import EVERY_TASK
 from common.data.tensors import TaskData
 from common.errors import UserError
@@ -19,10 +17,6 @@ from common.training import distributed
 from ContextGatedMOE import ContextGatedMOE
 
 NAME = "CGM_Lora_Comparison"
-TEXTS = ("group", "method", "task", "of_mixture")
-NUMBERS = ("accuracy", "accuracy_low", "accuracy_high", "accuracy_told_task", "right_task", "seeds", "accuracy_mean",
-           "accuracy_spread", "mcnemar_p", "mcnemar_p_holm", "trainable_parameters", "total_parameters", "images_per_second",
-           "of_seeds")
 
 
 def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results) -> None:
@@ -39,7 +33,7 @@ def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedM
     made_of = {"of_mixture": f"sha256:{str(models.fingerprint(folder))[:12]}", "of_seeds": config.seeds}
     if distributed.any_of(bool(_show_finished(results, made_of))):
         return
-    table = Contest(config, tasks, mixture, results).run().assign(**made_of)
+    table = MethodComparison(config, tasks, mixture, results).run().assign(**made_of)
     results.write_table(f"{NAME}.csv", table)
     _draw(results, table)
     _print(results, table)
@@ -58,29 +52,19 @@ def _show_finished(results: Results, made_of: dict[str, Any]) -> bool:
     path = results.folder / f"{NAME}.csv"
     if not path.exists():
         return False
-    table = _read(path)
-    if any((table[key] != value).any() for key, value in made_of.items()):
-        return False
-    if not (results.folder / f"{NAME}.png").exists():
-        _draw(results, table)
-    _print(results, table)
-    print("The comparison is finished already; --overwrite makes it anew, with its mixture")
-    return True
-
-
-def _read(path: Path) -> pd.DataFrame:
-    """A written comparison, also after a spreadsheet has separated and quoted it in its own way. Raises UserError."""
     try:
-        header = path.read_text(encoding="utf-8-sig").partition("\n")[0]
-        table = pd.read_csv(path, sep=max(",;\t", key=header.count), dtype=str, encoding="utf-8-sig", keep_default_na=False)
-        for name in NUMBERS:
-            table[name] = pd.to_numeric(table[name].str.replace(",", "."))
-        table[[*TEXTS]]
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        if any((table[key] != value).any() for key, value in made_of.items()):
+            return False
+        _print(results, table)
+    except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as the table of a comparison ({reason}); delete it, and the same command makes "
                         "it anew") from error
-    return table
+    if not (results.folder / f"{NAME}.png").exists():
+        _draw(results, table)
+    print("The comparison is finished already; --overwrite makes it anew, with its mixture")
+    return True
 
 
 def _draw(results: Results, table: pd.DataFrame) -> None:
@@ -99,7 +83,8 @@ def _print(results: Results, table: pd.DataFrame) -> None:
         "method": rows["method"].to_list(), "accuracy": column("accuracy", ".1%"),
         "95 % interval": [f"{low} to {high}" for low, high in
                           zip(column("accuracy_low", ".1%"), column("accuracy_high", ".1%"), strict=True)],
-        "told the task": column("accuracy_told_task", ".1%"), "right task": column("right_task", ".1%"),
+        "right task": column("right_task", ".1%"), "within it": column("accuracy_given_right_task", ".1%"),
+        "told the task": column("accuracy_told_task", ".1%"),
         "mean of seeds": column("accuracy_mean", ".1%"), "spread": column("accuracy_spread", ".1%"),
         "p (Holm)": column("mcnemar_p_holm", ".3f"), "trained": column("trainable_parameters", ",.0f"),
         "parameters": column("total_parameters", ",.0f"), "images/s": column("images_per_second", ",.0f"),

@@ -10,22 +10,31 @@ from scipy.stats import binomtest, norm
 from common.comparison.answers import Answers
 from common.data.tensors import TaskData
 
-MIXTURE, ORACLE = "mixture", "oracle (told the task)"
+MIXTURE = "mixture"
 EVERY_TASK = "All"
 
 
 @dataclass
-class Method:
-    """What is known of a method. runs: its scores (N, C) for the test images, one array for each seed.
+class Scores:
+    """What a method answers: scores (N, C) of the test images among all tasks' classes, the largest being the answer.
 
-    seconds: of one image; trainable: numbers it trains besides the experts; total: all that it needs to answer.
+    seconds: of one image. trainable: how many numbers were trained or fitted besides the experts; total: how many it needs to
+    answer. choice: what was chosen by validation images.
     """
 
-    group: str
+    values: np.ndarray
     seconds: float
     trainable: int
     total: int
-    runs: list[np.ndarray] = field(default_factory=list)
+    choice: str = ""
+
+
+@dataclass
+class Row:
+    """A method's group and what it answers, once for each seed."""
+
+    group: str
+    runs: list[Scores] = field(default_factory=list)
 
 
 class Comparison:
@@ -34,40 +43,43 @@ class Comparison:
     def __init__(self, tasks: list[TaskData], answers: Answers):
         self.titles = [data.task.title for data in tasks]
         self.answers = answers
-        self.methods: dict[str, Method] = {}
+        self.methods: dict[str, Row] = {}
 
-    def put(self, name: str, group: str, scores: np.ndarray, seconds: float, trainable: int, total: int) -> None:
-        """Take over the scores (N, C) of a method, one more seed of it if there are some already."""
-        method = self.methods.setdefault(name, Method(group, seconds, trainable, total))
+    def put(self, name: str, group: str, scores: Scores) -> None:
+        """Take over what a method answers, one more seed of it if there are some already."""
+        method = self.methods.setdefault(name, Row(group))
         method.runs.append(scores)
         if len(method.runs) == 1:
-            print(f"{name}: {self._mean(self.answers.right(scores)):.1%}", flush=True)
+            choice = f" ({scores.choice})" if scores.choice else ""
+            print(f"{name}: {self._mean(self.answers.right(scores.values)):.1%}{choice}", flush=True)
 
     def table(self) -> pd.DataFrame:
         """One row for each method and task, and one, "All", for all tasks together, which weigh alike there.
 
-        accuracy: share of images whose task and class are right, with its 95 % interval (Wilson 1927); accuracy_told_task:
-        if the task were told; right_task: share of images whose answer is a class of the right task. mcnemar_p: exact
-        two-sided McNemar test against the mixture, of "All" over all images; mcnemar_p_holm: corrected for the number of
-        methods (Holm 1979). All of these are of the first seed. accuracy_mean and accuracy_spread (standard deviation) are
-        over seeds. images_per_second is that of the median batch but the first.
+        accuracy: share of images whose task and class are right, with its 95 % interval (Wilson 1927). It is right_task, the
+        share whose answer is a class of the right task, times accuracy_given_right_task. accuracy_told_task: if the task were
+        told. mcnemar_p: exact two-sided McNemar test against the mixture, of "All" over all images; mcnemar_p_holm: corrected
+        for the number of methods (Holm 1979). All of these are of the first seed. accuracy_mean and accuracy_spread (standard
+        deviation) are over seeds. images_per_second is that of the median batch but the first.
         """
         rows = []
         for name, method in self.methods.items():
             first = method.runs[0]
-            told, task = self.answers.right_told(first), self.answers.right_task(first)
+            told, task = self.answers.right_told(first.values), self.answers.right_task(first.values)
             for title, images in zip([*self.titles, EVERY_TASK], self._images(), strict=True):
-                accuracy, *interval = self._interval(self.answers.right(first), images)
-                by_seed = [self._mean(self.answers.right(run), images) for run in method.runs]
+                accuracy, *interval = self._interval(self.answers.right(first.values), images)
+                by_seed = [self._mean(self.answers.right(run.values), images) for run in method.runs]
+                right_task = self._mean(task, images)
                 rows.append({
                     "group": method.group, "method": name, "task": title, "accuracy": accuracy,
-                    "accuracy_low": interval[0], "accuracy_high": interval[1],
-                    "accuracy_told_task": self._mean(told, images), "right_task": self._mean(task, images),
+                    "accuracy_low": interval[0], "accuracy_high": interval[1], "right_task": right_task,
+                    "accuracy_given_right_task": accuracy / right_task if right_task else math.nan,
+                    "accuracy_told_task": self._mean(told, images),
                     "seeds": len(by_seed), "accuracy_mean": float(np.mean(by_seed)),
                     "accuracy_spread": float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else math.nan,
-                    "mcnemar_p": math.nan if name == MIXTURE else self._mcnemar(first, images),
-                    "trainable_parameters": method.trainable, "total_parameters": method.total,
-                    "images_per_second": 1 / method.seconds,
+                    "mcnemar_p": math.nan if name == MIXTURE else self._mcnemar(first.values, images),
+                    "trainable_parameters": first.trainable, "total_parameters": first.total,
+                    "images_per_second": 1 / first.seconds,
                 })
         table = pd.DataFrame(rows)
         corrected = table.groupby("task")["mcnemar_p"].transform(holm)
@@ -92,7 +104,7 @@ class Comparison:
 
     def _mcnemar(self, scores: np.ndarray, images: np.ndarray) -> float:
         """Are the images that only one of the two gets right split evenly?"""
-        ours, theirs = (self.answers.right(run)[images] for run in (self.methods[MIXTURE].runs[0], scores))
+        ours, theirs = (self.answers.right(run)[images] for run in (self.methods[MIXTURE].runs[0].values, scores))
         only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
         return binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
 

@@ -171,14 +171,14 @@ def routing(table: pd.DataFrame, title: str) -> Figure:
 
 @picture
 def comparison(table: pd.DataFrame, title: str) -> Figure:
-    """Draw the accuracy of every method, in groups, the best of a group on top: the mean over tasks and that of each task.
+    """Draw the accuracy of every method, in groups, the best of a group on top, and the two shares it is the product of.
 
     The first method of the first group and the first of the last, which is told the task, are lines through all.
 
     table: as `common.comparison.score` makes it; its rows of the task "All" are those of all tasks together.
     """
     overall = table[table["task"] == "All"].set_index("method")
-    tasks, groups = [task for task in dict.fromkeys(table["task"]) if task != "All"], list(dict.fromkeys(overall["group"]))
+    groups = list(dict.fromkeys(overall["group"]))
     rows, ticks = [], []  # methods by the line they stand in, None for that of a group's name
     for group in groups:
         own = overall[overall["group"] == group].sort_values("accuracy_mean", ascending=False, kind="stable")
@@ -187,17 +187,13 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
     figure = Figure(figsize=(9, 1.6 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     lines = {method: line for line, method in enumerate(rows) if method is not None}
-    for number, task in enumerate(tasks):
-        own = table[table["task"] == task].set_index("method").loc[list(lines)]
-        axes.plot(own["accuracy_mean"], list(lines.values()), linestyle="none", marker="os^vDPX*<>"[number % 10], markersize=5,
-                  color=f"C{number % 10}", alpha=0.6, label=shown(task).replace("_", " ").strip())
     own = overall.loc[list(lines)]
+    for name, marker, label in (("right_task", "s", "right task"),
+                                ("accuracy_given_right_task", "o", "accuracy where the task is right")):
+        axes.plot(own[name], list(lines.values()), linestyle="none", marker=marker, markerfacecolor="none", label=label)
     axes.hlines(list(lines.values()), own["accuracy_low"], own["accuracy_high"], color="black", linewidth=1)
     axes.plot(own["accuracy_mean"], list(lines.values()), linestyle="none", marker="|", markersize=11, markeredgewidth=2.2,
-              color="black", label="mean over tasks, 95 % interval")
-    told = own["accuracy_told_task"].where(own["accuracy_told_task"] != own["accuracy"])
-    axes.plot(told, list(lines.values()), linestyle="none", marker="d", markersize=6, markerfacecolor="none", color="grey",
-              label="mean over tasks, if told the task")
+              color="black", label="accuracy = right task x accuracy where it is right, 95 % interval")
     best, oracle = (overall[overall["group"] == group]["accuracy_mean"].iloc[0] for group in (groups[0], groups[-1]))
     axes.axvline(best, color="C3", linewidth=1, zorder=0, label=f"{overall.index[0]}, not told the task")
     told_task = overall[overall["group"] == groups[-1]].index[0]
@@ -210,9 +206,10 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
         axes.axhspan(line - 0.5, line + 0.5, color="grey", alpha=0.1, linewidth=0, zorder=0)
     seeds = table["seeds"].max()
     means = f"; means over {seeds:.0f} seeds, intervals of the first" if seeds > 1 else ""
-    axes.set(xlabel=f"share of test images whose task and class are right{means}", xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
+    axes.set(xlabel=f"share of test images{means}", xlim=(max(0, own["accuracy_low"].min() - 0.05), 1.01),
+             ylim=(len(rows) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     axes.set_title(title, fontsize=11)
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure

@@ -30,6 +30,7 @@ from tests.bench import (
     processes,
     routing,
     routing_mixture,
+    samples,
     scripts,
 )
 from tests.bench.measure import Settings, as_text, measure, save, write
@@ -44,7 +45,10 @@ BENCHMARKS = {
 # Each makes a table of its own.
 WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "processes": processes.run_processes,
          "duplicates": data.run_duplicates, "stored": data.run_stored, "building": many.run_building,
-         "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing}
+         "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing,
+         "samples": samples.samples}
+PICTURES = {"demo": scripts.picture, "samples": samples.picture}
+ON_ROOT = ["photos", "samples"]  # they need finished results
 
 
 def machine(device: torch.device) -> str:
@@ -68,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"benchmarks:\n{listed}",
     )
     made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *WHOLE],
-                      help="which to run; all by default, photos only with --root")
+                      help=f"which to run; all by default, {' and '.join(ON_ROOT)} only with --root")
     made.add_argument("--output", type=Path, default=Path("bench_results"),
                       help="folder of tables, pictures and the routing suite's experts (default: %(default)s)")
     made.add_argument("--root", type=Path,
@@ -96,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
                             options.large, time.process_time if options.cpu_time else time.perf_counter, options.output,
                             options.seeds)
-        everything = [name for name in (*BENCHMARKS, *WHOLE) if name != "photos" or options.root]  # it needs finished results
+        everything = [name for name in (*BENCHMARKS, *WHOLE) if name not in ON_ROOT or options.root]
         for name in options.names or everything:
             print(f"\n== {name} ==", flush=True)
             torch.manual_seed(0)
@@ -104,8 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
                 table = WHOLE[name](settings)
                 write_csv(options.output / f"{name}.csv", table)
                 print(table.round(3).to_string(index=False), f"\nin all {table['seconds'].sum():.0f} s", flush=True)
-                if name == "demo":
-                    save(options.output / "demo.png", scripts.picture(table, name_of_machine))
+                if name in PICTURES:
+                    save(options.output / f"{name}.png", PICTURES[name](table, name_of_machine))
                 continue
             times, ratios = measure(name, *BENCHMARKS[name](settings), settings)
             write(options.output, name, times, ratios, name_of_machine)

@@ -1,8 +1,7 @@
-"""The mixture: against one adapter, the base model, X-LoRA's loop over adapters and the earlier formulation."""
+"""The mixture: against one adapter, the base model and X-LoRA's loop over adapters."""
 
 from torch import nn
 
-from common.comparison.methods import earlier_formulation
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
 from tests.bench.setups import beit, experts, forward, images, lora, mixture, peft_lora, training_step, twin
 from tests.bench.xlora import XLora
@@ -17,8 +16,6 @@ def _models(settings: Settings) -> dict[str, nn.Module]:
     for count in EXPERTS:
         found[f"mixture of {count}"] = mixture(plain, count)
         found[f"X-LoRA loop of {count}"] = XLora(twin(plain), experts(plain, count))
-        earlier = mixture(plain, count)
-        found[f"earlier formulation of {count}"] = earlier_formulation(earlier)
     return found
 
 
@@ -33,7 +30,7 @@ def training(settings: Settings) -> Benchmark:
     return cases, [
         Ratio("mixture of 2 / one LoRA, peft", "mixture of 2", "LoRA, peft", "<= 1.1"),
         Ratio("mixture of 2 / one LoRA, ours", "mixture of 2", "LoRA, ours"),
-        *_against_others({2: ">= 1.5", 8: ">= 2"}),
+        *_against_loop({2: ">= 1.5", 8: ">= 2"}),
     ]
 
 
@@ -47,11 +44,11 @@ def inference(settings: Settings) -> Benchmark:
         Ratio("images a second: mixture of 2 / base model", "base model", "mixture of 2", ">= 0.85"),
         Ratio("images a second: mixture of 8 / base model", "base model", "mixture of 8", ">= 0.7"),
         Ratio("mixture of 2 / one LoRA, peft", "mixture of 2", "LoRA, peft"),
-        *_against_others({2: ">= 1.8", 8: ">= 3"}),
+        *_against_loop({2: ">= 1.8", 8: ">= 3"}),
     ]
 
 
-def _against_others(wanted: dict[int, str]) -> list[Ratio]:
+def _against_loop(wanted: dict[int, str]) -> list[Ratio]:
     """wanted: number of experts -> time of X-LoRA's loop over that of the mixture."""
-    return [Ratio(f"{other} / mixture, {count} experts", f"{other} of {count}", f"mixture of {count}", figure)
-            for count, own in wanted.items() for other, figure in (("X-LoRA loop", own), ("earlier formulation", ""))]
+    return [Ratio(f"X-LoRA loop / mixture, {count} experts", f"X-LoRA loop of {count}", f"mixture of {count}", figure)
+            for count, figure in wanted.items()]

@@ -1,0 +1,44 @@
+"""The mixture itself, in the ways in which it can be asked."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from common import models
+from common.comparison.inputs import Inputs
+from common.mixture import build, fit_gates
+from common.comparison.score import MIXTURE, Scores
+from common.comparison.timing import collect
+from common.training.evaluate import logits_of
+from ContextGatedMOE import ContextGatedMOE
+
+FORMS: dict[str, dict[str, Any]] = {MIXTURE: {}, f"{MIXTURE}, top 1": {"top_k": 1}}  # how a form sets the mixture's attributes
+
+
+def mixture(inputs: Inputs, first: bool) -> Iterator[tuple[str, Scores]]:
+    """The finished mixture or, if not the first, one fitted with the seed of these inputs, in all its forms."""
+    model = inputs.mixture
+    if not first:
+        model = build(inputs.config, inputs.tasks)
+        fit_gates(model, inputs.config, inputs.tasks, inputs.checkpoint(f"compared_mixture_{inputs.config.seed}"))
+    for name, attributes in FORMS.items():
+        before = {key: getattr(model, key) for key in attributes}
+        for key, value in attributes.items():
+            setattr(model, key, value)
+        yield name, answers(inputs, model)
+        for key, value in before.items():
+            setattr(model, key, value)
+
+
+def answers(inputs: Inputs, model: ContextGatedMOE) -> Scores:
+    """What a mixture answers as it is set."""
+    columns = [column for data in inputs.tasks for column in model.columns[data.task.key]]
+
+    def read(images: Tensor) -> tuple[Tensor, ...]:
+        return (logits_of(model, images)[:, columns],)
+
+    (scores,), seconds = collect(model, inputs.test, inputs.config, read)
+    gates, unused = models.trainable_parameters(model), model.joint_head.base
+    total = sum(value.numel() for value in model.parameters()) - sum(value.numel() for value in unused.parameters())
+    return Scores(scores, seconds[-1], gates, total)
