@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from ContextGatedMOE.heads import HEAD_GATE, HEAD_NUMBERS, JointHead, SharedHead
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.passes import Unit
 from ContextGatedMOE.routing import GATE, Restoring, Router
-from ContextGatedMOE.units import find_units, model_width, with_gates
+from ContextGatedMOE.units import find_units, model_width
 
 MixtureLayer = MixtureLinear | JointHead | SharedHead
 
@@ -86,11 +86,10 @@ def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: lis
 def with_new_gates(model: nn.Module, parts: Parts, sizes: list[int], hidden: int, chosen: set[str] | None) -> Parts:
     """The same layers for a plain model with new gates, at the chosen places, or, if None, wherever they may stand."""
     heads = [name for name, layer in parts.layers.items() if not isinstance(layer, MixtureLinear)]
-    found = with_gates(find_units(model, [name for name in parts.layers if name not in heads], heads), chosen)
     units: dict[Unit, Gate | None] = {}
-    for unit, gated in found:
+    for unit, may_have_gate in find_units(model, [name for name in parts.layers if name not in heads], heads):
         module = model.get_submodule(unit.name)
-        device = next(module.parameters()).device
+        gated, device = may_have_gate and (chosen is None or unit.name in chosen), next(module.parameters()).device
         units[unit] = Gate(model_width(module), hidden, sizes).to(device).train(module.training) if gated else None
     head, head_gate = parts.joint_head, None
     alone = head is not None and len({unit.chain for unit in units}) == 1 and head.name not in {unit.name for unit in units}
@@ -102,10 +101,9 @@ def with_new_gates(model: nn.Module, parts: Parts, sizes: list[int], hidden: int
 
 def with_fewer_gates(parts: Parts, chosen: set[str]) -> Parts:
     """The same parts without the gates that are not chosen."""
-    units = {replace(unit, last=True): gate if unit.name in chosen else None for unit, gate in parts.units.items()}
-    found = with_gates([(unit, gate is not None) for unit, gate in units.items()], None)
+    units = {unit: gate if unit.name in chosen else None for unit, gate in parts.units.items()}
     head_gate = parts.head_gate if parts.head_gate is not None and parts.joint_head.name in chosen else None
-    return Parts(parts.layers, {unit: gate for (unit, _), gate in zip(found, units.values(), strict=True)}, parts.router, head_gate)
+    return Parts(parts.layers, units, parts.router, head_gate)
 
 
 def classifier_of(model: nn.Module) -> str:

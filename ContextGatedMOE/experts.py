@@ -8,11 +8,14 @@ from torch import nn
 
 from ContextGatedMOE import building, calibration, fitting
 from ContextGatedMOE.adapters import Expert, MixtureError
+from ContextGatedMOE.fitting import PLAIN
 from ContextGatedMOE.heads import HEAD_NUMBERS
 from ContextGatedMOE.layers import MixtureLinear
-from ContextGatedMOE.statistics import Statistics, discriminant
+from ContextGatedMOE.statistics import Statistics, discriminant, own_discriminants
+from ContextGatedMOE.training import refine
 
 Classes = Mapping[str, Sequence[str]]
+KEPT = 4096  # training images whose features are kept for training the gates on them
 START_SHARE = 1 / 3  # of the blocks: see `choose_start`
 # What a mixture is made of, besides its parts.
 STATE = ("expert_names", "classes", "same", "sizes", "labels", "columns", "statistics", "without_adapter", "chosen_gates",
@@ -29,6 +32,7 @@ def build(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None) -
     labels, called, columns = building.output_columns(names, classes, model.same) if classes else ([], [], None)
     parts = building.make(model.base_model, chosen, sizes, columns, model.gate_hidden, model.router, model.chosen_gates)
     building.install(model.base_model, parts)
+    model.router.blocks = sum(unit.place is not None for unit in parts.units)
     model.expert_names, model.classes, model.sizes, model.labels = names, classes, sizes, labels
     model.without_adapter = without_adapter
     model.columns = {name: columns[sum(sizes[:at]) : sum(sizes[: at + 1])] if columns else [] for at, name in enumerate(names)}
@@ -43,7 +47,7 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
     images: of new experts. What was unfamiliar to the old experts may not be to these, so nothing is refused until that is fitted
     anew. On an error everything is as it was before, down to the tensors themselves.
     """
-    state = {name: getattr(model, name) for name in STATE}
+    state, start = {name: getattr(model, name) for name in STATE}, model.router.start
     config = getattr(model.base_model, "config", None)
     places = places_of(model)
     old = building.uninstall(model.base_model, model.router)
@@ -51,9 +55,11 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
         model.same, model.statistics, model.refuse_below = [list(group) for group in same], dict(statistics), None
         new = build(model, chosen, classes)
         building.carry_over(old, new, places, places_of(model))
+        if set(state["without_adapter"]) == set(state["expert_names"]) and model.statistics:
+            model.router.start = choose_start(model)  # what is known of the others is the same wherever experts begin
         if images:
             with model.evaluating():
-                model.statistics |= gather(model, images)
+                model.statistics |= gather(model, images)[0]
         solve(model)
     except BaseException:
         building.uninstall(model.base_model, model.router)
@@ -61,10 +67,12 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
         building.set_config(model.base_model, config)
         for name, value in state.items():
             setattr(model, name, value)
+        model.router.start = start
         raise
 
 
-def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches]) -> None:
+def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches], epochs: int,
+        learning_rate: float) -> list[dict[str, float]]:
     """See `ContextGatedMOE.fit_gates`."""
     unknown = sorted({*images, *validation} - set(model.expert_names))
     known = {} if model.fitted_passes not in (None, model.passes) else model.statistics
@@ -78,6 +86,8 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
             "validation images choose how much the head of all classes believes the gates; without classes=... there is "
             "no such head"
         )
+    if epochs and not validation:
+        raise MixtureError("epochs=... needs validation images, which choose the epoch")
     again = set(images) >= set(model.expert_names)  # where gates stand is chosen anew only if all images are here
     state, start = {name: getattr(model, name) for name in STATE}, model.router.start
     old = building.uninstall(model.base_model, model.router)
@@ -92,12 +102,17 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
             kept = {name: fitting.drawn(fitting.batches(own, model, name, model.sizes[model.expert_names.index(name)]),
                                         calibration.most_of_each(validation)) for name, own in validation.items()}
             if again:
-                model.router.start = choose_start(model, images, kept)
-            model.statistics = {**known, **gather(model, images)}
-            model.fitted_passes = model.passes
+                model.router.start = choose_start(model)
+            statistics, seen = gather(model, images, KEPT if epochs else 0)
+            model.statistics, model.fitted_passes = {**known, **statistics}, model.passes
             solve(model)
-            if kept:
-                calibrate(model, kept)
+            if not kept:
+                return []
+            judged = calibrate(model, kept)
+            if not epochs:
+                return []
+            with calibration.in_full_precision(judged.logits):
+                return refine(model, fitting.Seen.of(model, seen).only(judged.features), judged, epochs, learning_rate)
     except BaseException:
         building.uninstall(model.base_model, model.router)
         building.install(model.base_model, old)
@@ -110,24 +125,24 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
         raise
 
 
-def choose_start(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Drawn]) -> int:
-    """The number of the block from which on experts are used; the gates before it see what the plain model sees.
+def choose_start(model: nn.Module) -> int:
+    """The number of the block from which on experts are used; the gates as far as there see what the plain model sees.
 
-    Early, an image may go to another's expert; late, its own hardly changes what is seen of it. A third of the blocks is right
-    where nothing tells more.
+    Early, an image may go to another's expert; late, its own hardly changes what is seen of it. Without adapters it is all the
+    same to the gates.
     """
-    units = building.units_of(model.base_model)
-    blocks = sum(unit.place is not None for unit in units)
-    places = [unit.place for unit, gate in units.items() if gate is not None and unit.place is not None]
+    if set(model.without_adapter) == set(model.expert_names):
+        return model.router.blocks
+    places = [unit.place for unit, gate in building.units_of(model.base_model).items() if gate is not None and unit.place is not None]
     if model.joint_head is None or model.passes == 2:
         return 0
-    return max([place for place in places if place <= START_SHARE * blocks], default=0)
+    return max([place for place in places if place <= START_SHARE * model.router.blocks], default=0)
 
 
-def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> None:
+def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitting.Seen:
     """Fit shrinkage, the gates' coefficients and the head's numbers to validation images, and drop the gates that add nothing.
 
-    The images are seen twice: by the gates as they start, then by the weights that follow.
+    The images are seen twice: by the gates as they start, then by the weights that follow. Returns what was seen last.
     """
     seen = fitting.see(model, validation)
     losses = {}
@@ -143,34 +158,41 @@ def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> None
     worth = calibration.gates_worth_keeping(model, seen)
     if not worth >= set(seen.features):
         keep_gates(model, worth)
-        seen.features = {name: values for name, values in seen.features.items() if name in model.gates()}
+        seen = seen.only(model.gates())
         calibration.fit_numbers(model, seen)
+    return seen
 
 
 def keep_gates(model: nn.Module, chosen: set[str]) -> None:
-    """Drop all gates but these, the first of them to see an image before experts are used, and with them their statistics."""
-    parts = building.uninstall(model.base_model, model.router)
-    before = [unit.name for unit, gate in parts.units.items() if gate is not None and (unit.place or 0) <= model.router.start]
-    if before and not chosen & set(before):
-        chosen = {*chosen, before[-1]}
-    building.install(model.base_model, building.with_fewer_gates(parts, chosen))
+    """Drop all gates but these, and one that tells of the experts before they are used, and their statistics."""
+    chosen = chosen if chosen & set(model.routing_gates()) else {*chosen, model.routing_gates()[-1]}
+    building.install(model.base_model, building.with_fewer_gates(building.uninstall(model.base_model, model.router), chosen))
     model.chosen_gates = chosen
-    model.statistics = {name: {gate: own for gate, own in by_gate.items() if gate in chosen}
+    model.statistics = {name: {gate: own for gate, own in by_gate.items() if gate.removeprefix(PLAIN) in chosen}
                         for name, by_gate in model.statistics.items()}
 
 
-def gather(model: nn.Module, images: Mapping[str, fitting.Batches]) -> dict[str, dict[str, Statistics]]:
-    """Statistics of experts' images, {expert: {gate: statistics}}, from one pass through each image's own expert."""
-    return {name: fitting.collect_statistics(model, name, own, model.sizes[model.expert_names.index(name)])
-            for name, own in images.items()}
+def gather(model: nn.Module, images: Mapping[str, fitting.Batches],
+           keep: int = 0) -> tuple[dict[str, dict[str, Statistics]], dict[str, list[fitting.Part]]]:
+    """Statistics of experts' images, {expert: {gate: statistics}}, from one pass through each image's own expert; and what was
+    seen of about the first `keep` of them in all."""
+    statistics, seen = {}, {}
+    for name, own in images.items():
+        size = model.sizes[model.expert_names.index(name)]
+        statistics[name], seen[name] = fitting.collect_statistics(model, name, own, size, keep // len(images))
+    return statistics, seen
 
 
 def solve(model: nn.Module) -> None:
     """Set the gates to the linear discriminants that follow from the statistics, wherever these are known of all experts."""
+    routing = model.routing_gates()
     for name, gate in model.gates().items():
-        known = [model.statistics.get(expert, {}).get(name) for expert in model.expert_names]
-        if known and all(known):
-            gate.set_discriminant(discriminant(known, model.shrinkage))
+        own = [model.statistics.get(expert, {}).get(name) for expert in model.expert_names]
+        plain = [model.statistics.get(expert, {}).get(f"{PLAIN}{name}") for expert in model.expert_names]
+        if not own or not all(own):
+            continue
+        common = discriminant(plain if all(plain) else own, model.shrinkage) if name in routing else None
+        gate.set_discriminant(common, own_discriminants(own) if model.joint_head is not None else None)
 
 
 def places_of(model: nn.Module) -> list[tuple[str, int]]:

@@ -2,19 +2,19 @@
 
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.passes import StopPass
 from ContextGatedMOE.statistics import Statistics
 
 ADDED_AT_ONCE = 1024  # images, as adding up sums takes as long as making them of many images
+
+PLAIN = "plain:"  # before the name of a gate: statistics of what it sees in the plain model, where those of its own are apart
 
 Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
 
@@ -56,28 +56,58 @@ def check_labels(labels: Tensor, size: int, name: str, classes: int) -> None:
         raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(wrong[0])}")
 
 
-def through_own_expert(model: nn.Module, name: str, **asked: Any) -> AbstractContextManager[None]:
-    """Passes by an expert's weights alone, from the block on where experts begin; plain ones, where it has no adapter or two
-    passes choose the expert."""
-    if model.passes == 2 or name in model.without_adapter:
-        return model.router.using(plain=True, **asked)
-    return model.router.using(fixed=model.weights_of({name: 1.0}), from_start=True, **asked)
+@dataclass
+class Part:
+    """What gates and head see of a batch. features: {gate name: (B, K)} where each image's expert is used, and `plain` in the
+    plain model, as far as the gates tell of the experts there; logits: (B, C) of the experts' heads; labels: (B,) in the
+    expert's classes."""
+
+    features: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    logits: Tensor
+    labels: Tensor
+
+
+def through_own_expert(model: nn.Module, name: str, inputs: dict[str, Any], labels: Tensor) -> Part:
+    """What is seen of a batch through an expert's weights alone, from the block on where experts begin; where the expert has no
+    adapter, in the plain model. Raises MixtureError, naming the expert, if something is not finite."""
+    features: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    head: dict[str, Any] = {}
+    bare = name in model.without_adapter
+    if model.passes == 2 or bare:
+        with model.router.using(plain=True, features=plain):
+            model.base_model(**inputs)
+    if not bare:
+        own = {"fixed": model.weights_of({name: 1.0}), "from_start": model.passes == 1}
+        with model.router.using(**own, features=features, head=head):
+            model.base_model(**inputs)
+    features, plain = features or plain, plain or features
+    check_finite({**features, **plain, **({"the head": head["logits"]} if head else {})}, name)
+    logits = head.get("logits", next(iter(features.values())).new_zeros(len(labels), sum(model.sizes)))
+    return Part(features, plain, logits, labels)
 
 
 @torch.no_grad()
-def collect_statistics(model: nn.Module, name: str, images: Batches, classes: int) -> dict[str, Statistics]:
-    """Statistics of an expert's images at every gate, {gate name: statistics}, from one pass through this expert.
+def collect_statistics(model: nn.Module, name: str, images: Batches, classes: int,
+                       keep: int = 0) -> tuple[dict[str, Statistics], list[Part]]:
+    """Statistics of an expert's images at every gate, {gate name: statistics}, from one pass through this expert, and, if two
+    passes find the expert, of the plain model too, by names that begin with `PLAIN`; and what was seen of the first `keep`.
 
     Raises MixtureError if there are no images of some class, labels that are none of the classes, or features that are not
     finite.
     """
     found: dict[str, Statistics] = {}
     waiting: list[tuple[Tensor, dict[str, Tensor]]] = []  # labels and features of batches that are not added up yet
+    kept: list[Part] = []
     for inputs, labels in batches(images, model, name, classes):
-        features: dict[str, Tensor] = {}
-        with suppress(StopPass), through_own_expert(model, name, features=features, until=len(model.gates())):
-            model.base_model(**inputs)
-        check_finite(features, name)
+        part = through_own_expert(model, name, inputs, labels)
+        if keep > 0:
+            kept.append(part)
+            keep -= len(labels)
+        features = dict(part.features)
+        if model.passes == 2:
+            features |= {f"{PLAIN}{gate}": values for gate, values in part.plain.items()}
         waiting.append((labels, features))
         if sum(len(labels) for labels, _ in waiting) >= ADDED_AT_ONCE:
             _add(found, waiting, classes)
@@ -89,7 +119,7 @@ def collect_statistics(model: nn.Module, name: str, images: Batches, classes: in
         raise MixtureError(
             f"expert '{name}' has no images of {len(empty)} of its {classes} classes; the gates need some of each"
         )
-    return {gate: statistics.rounded() for gate, statistics in found.items()}
+    return {gate: statistics.rounded() for gate, statistics in found.items()}, kept
 
 
 def check_finite(features: Mapping[str, Tensor], name: str) -> None:
@@ -146,45 +176,53 @@ def _batch(images: list[tuple[dict[str, Tensor], dict[str, Any], Tensor]]) -> tu
 
 @dataclass
 class Seen:
-    """What the gates and the head see of N images. features: {gate name: (N, K)}, in the model's order; logits: (N, C) of the
-    experts' heads; labels: (N,) among all experts' classes; weights: (N,), the same sum for each expert, 1 in all."""
+    """What the gates and the head see of N images. features, plain: {gate name: (N, K)}, in the model's order, as in `Part`;
+    logits: (N, C) of the experts' heads; labels: (N,) among all experts' classes; weights: (N,), the same sum for each expert,
+    1 in all."""
 
     features: dict[str, Tensor]
+    plain: dict[str, Tensor]
     logits: Tensor
     labels: Tensor
     weights: Tensor
 
-    def scores(self, model: nn.Module) -> Tensor:
-        """What the gates say of the classes (N, gates, C)."""
-        gates = model.gates()
-        return torch.stack([gates[name](features) for name, features in self.features.items()], dim=1)
+    @classmethod
+    def of(cls, model: nn.Module, parts: Mapping[str, list[Part]]) -> "Seen":
+        """Of batches by expert. Raises MixtureError if there are none of an expert."""
+        labels, weights = [], []
+        for name, own in parts.items():
+            count = sum(len(part.labels) for part in own)
+            if not count:
+                raise MixtureError(f"there are no validation images of expert '{name}'")
+            first = sum(model.sizes[: model.expert_names.index(name)])
+            labels += [part.labels + first for part in own]
+            weights.append(torch.full((count,), 1 / (count * len(parts))))
+        every = [part for own in parts.values() for part in own]
+        device = every[0].logits.device
+        features, plain = ({gate: torch.cat([getattr(part, kind)[gate] for part in every]) for gate in getattr(every[0], kind)}
+                           for kind in ("features", "plain"))
+        return cls(features, plain, torch.cat([part.logits for part in every]), torch.cat(labels).to(device),
+                   torch.cat(weights).to(device))
+
+    def only(self, gates: Collection[str]) -> "Seen":
+        """The same without the features of other gates."""
+        features, plain = ({name: values for name, values in every.items() if name in gates}
+                           for every in (self.features, self.plain))
+        return replace(self, features=features, plain=plain)
 
 
 @torch.no_grad()
-def see(model: nn.Module, images: Mapping[str, Iterable[tuple[dict[str, Any], Tensor]]], own_expert: bool = False) -> Seen:
-    """One pass of the mixture, or of each image's own expert, over images by expert; labels are positions in its classes.
-
-    Raises MixtureError if an expert has none, or one gives no finite numbers.
-    """
-    features: dict[str, list[Tensor]] = {}
-    logits, labels, weights = [], [], []
-    for name, own_images in images.items():
-        first, count = sum(model.sizes[: model.expert_names.index(name)]), 0
-        for inputs, own_labels in own_images:
+def see(model: nn.Module, images: Mapping[str, Drawn]) -> Seen:
+    """One pass of the mixture over images by expert. Raises MixtureError if an expert has none, or one gives no finite numbers."""
+    parts: dict[str, list[Part]] = {name: [] for name in images}
+    for name, own in images.items():
+        for inputs, labels in own:
             inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-            found, head = {}, {}
-            asked = {"features": found, "head": head}
-            with through_own_expert(model, name, **asked) if own_expert else model.router.using(**asked):
-                (model.base_model if own_expert else model.run)(**inputs)
-            check_finite({**found, "the head": head["logits"]}, name)
-            for gate, values in found.items():
-                features.setdefault(gate, []).append(values)
-            logits.append(head["logits"])
-            labels.append(own_labels + first)
-            count += len(own_labels)
-        if not count:
-            raise MixtureError(f"there are no validation images of expert '{name}'")
-        weights.append(torch.full((count,), 1 / (count * len(images))))
-    device = logits[0].device
-    return Seen({gate: torch.cat(values) for gate, values in features.items()}, torch.cat(logits),
-                torch.cat(labels).to(device), torch.cat(weights).to(device))
+            features: dict[str, Tensor] = {}
+            plain: dict[str, Tensor] = {}
+            head: dict[str, Any] = {}
+            with model.router.using(features=features, plain_features=plain, head=head):
+                model.run(**inputs)
+            check_finite({**features, **plain, "the head": head["logits"]}, name)
+            parts[name].append(Part(features, plain or features, head["logits"], labels))
+    return Seen.of(model, parts)

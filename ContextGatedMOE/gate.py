@@ -11,7 +11,7 @@ from ContextGatedMOE.statistics import Discriminant
 
 PARTS = 2  # an image's tokens are also pooled in so many by so many parts of it, where there is room
 POOLED_FEATURES = 960  # at most, of the pooled tokens: with 128 random features the statistics of a gate take 2.4 MB an expert
-START = 0.1  # how much each gate's scores count before validation images have said; see `fitting.calibrate`
+START = 0.05  # how much each gate's scores count before validation images have said; see `fitting.calibrate`
 
 
 def keep_dtype(tensor: Tensor, fn: Callable) -> Tensor:
@@ -82,8 +82,9 @@ class Gate(InFloat32):
     its mean over the tokens, with the first token, which is the class token where a model has one, the mean and the deviation
     of the others and, where there is room, their means in two by two parts of the image, are the features of an image. Where
     the pooled tokens are too many, they are added up in groups with random signs (feature hashing, Weinberger et al. 2009). The
-    second layer, the only part that learns, gives each class a score; its start is the linear discriminant of the classes, in
-    closed form (`ContextGatedMOE.statistics`). All is computed in fp32.
+    second layer, the only part that learns, gives each class two scores: `score`, by which an image's expert is found, and
+    `class_score`, by which its class is among those of an expert. They start as linear discriminants, in closed form
+    (`ContextGatedMOE.statistics`). All is computed in fp32.
     """
 
     def __init__(self, width: int, hidden: int, sizes: list[int], of_tokens: bool = True):
@@ -107,10 +108,11 @@ class Gate(InFloat32):
         self.register_buffer("sign", sign)
         self.classes = ClassMap(sizes)
         self.score = nn.Linear(kept + hidden, sum(sizes), **fixed)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
-        self.coefficient = nn.Parameter(torch.tensor(START, **fixed))  # of the scores, for which expert it is
-        self.class_coefficient = nn.Parameter(torch.tensor(START, **fixed))  # of the scores, for which class of an expert
+        self.class_score = nn.Linear(kept + hidden, sum(sizes), **fixed)
+        for value in (*self.score.parameters(), *self.class_score.parameters()):
+            nn.init.zeros_(value)
+        self.coefficient = nn.Parameter(torch.tensor(START, **fixed))  # how much `score` counts
+        self.class_coefficient = nn.Parameter(torch.tensor(START, **fixed))  # how much `class_score` counts
         directions = min(sum(sizes), self.feature_count)  # as many as there may be; those that are not used are zero
         for name, shape in (("axes", (directions, self.feature_count)), ("origin", (directions,)),
                             ("centres", (directions, sum(sizes))), ("precision", (directions, directions))):
@@ -141,14 +143,19 @@ class Gate(InFloat32):
             return pooled
         return pooled.new_zeros(len(pooled), kept).index_add(1, self.bucket, pooled * self.sign)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Scores (B, C) of all classes from features (B, K), before they are weighed."""
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What features (B, K) say: scores (B, C) for the experts and within each expert, as much as each counts."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.score(features)
+            return self.coefficient * self.score(features), self.class_coefficient * self.class_score(features)
 
     @torch.no_grad()
-    def set_discriminant(self, found: Discriminant) -> None:
-        """Begin with the discriminants of all experts' classes."""
+    def set_discriminant(self, found: Discriminant | None, own: tuple[Tensor, Tensor] | None) -> None:
+        """Begin with the discriminants of all experts' classes, and those within each expert, where they are known."""
+        if own is not None:
+            self.class_score.weight.copy_(own[0])
+            self.class_score.bias.copy_(own[1])
+        if found is None:
+            return
         self.score.weight.copy_(found.weight)
         self.score.bias.copy_(found.bias)
         for name in ("axes", "origin", "centres"):

@@ -66,19 +66,17 @@ class JointHead(nn.Module):
         """x: (B, D) or (B, N, D). Returns log-probabilities (B, outputs) or (B, N, outputs) in fp32."""
         current = current_pass(self.name)
         settings, gate = current.settings, getattr(self, HEAD_GATE, None)
-        asked = settings.fixed is None and settings.evidence is None and not settings.plain
-        scores = None
+        said, asked = None, settings.fixed is None and not settings.plain
         if gate is not None and x.ndim == 2 and (settings.features is not None or asked):
             features = gate.features(x[:, None].to(gate.score.weight.device))
             settings.note_features(self.name, features)
-            scores = gate(features) if asked else None  # (B, C)
+            said = gate(features) if asked else None
         if settings.plain:
             return self.base(x)
-        evidence = settings.evidence or current.latest(x.shape[0], self.name)
-        if scores is not None:
-            if settings.scores is not None:
-                settings.scores[self.name] = scores
-            evidence = evidence.with_scores(scores, gate)
+        evidence = current.latest(x.shape[0], self.name)
+        if said is not None:
+            routes = settings.evidence is None and self.router.head_routes
+            evidence = evidence.and_also(said[0] if routes else None, said[1])
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.expert_weight.to(x.dtype), self.expert_bias.to(x.dtype)).float()
             if settings.head is not None:
@@ -87,6 +85,10 @@ class JointHead(nn.Module):
 
     def joint(self, logits: Tensor, evidence: Evidence) -> Tensor:
         """Log-probabilities (..., outputs) from the logits (..., sum of C_e) of the experts' heads and what the gates say."""
+        return self._merged(self.by_class(logits, evidence))
+
+    def by_class(self, logits: Tensor, evidence: Evidence) -> Tensor:
+        """The same before classes that are the same are added up (..., sum of C_e)."""
         evidence, scale = evidence.to(logits.device), self.expert_scale
         if evidence.classes is None:  # the weights are the caller's
             router, scale = evidence.weights.clamp_min(TINY).log(), torch.ones_like(scale)
@@ -94,7 +96,7 @@ class JointHead(nn.Module):
             router = (self.classes.expert_log_probs(evidence.experts) + self.expert_prior).log_softmax(-1)
         router = router[:, None] if logits.ndim == 3 else router
         joint = self.own(logits, evidence.classes, scale) + router[..., self.classes.owner]
-        return self._merged(joint.log_softmax(-1))
+        return joint.log_softmax(-1)
 
     def own(self, logits: Tensor, classes: Tensor | None, scale: Tensor) -> Tensor:
         """Log-probabilities (..., sum of C_e) of each expert's own classes, by its head and what the gates say (B, sum of C_e).

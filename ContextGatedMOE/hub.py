@@ -80,8 +80,7 @@ def card(model: nn.Module, figures: Mapping[str, Any], made: str, repo_id: str) 
     )
     lines += ["", "## How it was made", "", " ".join(part for part in (fitted, made.strip()) if part)]
     if model.top_k:
-        early = f", before the last gate at least {model.early_top_k}" if model.early_top_k else ""
-        lines += [f"Of every input the {model.top_k} most weighted experts are used{early}."]
+        lines += [f"Of every input the {model.top_k} most weighted experts are used."]
     if figures:
         lines += ["", "## Figures", "", "| what | figure |", "|---|---|"]
         lines += [f"| {_cell(what)} | {_cell(value)} |" for what, value in figures.items()]

@@ -63,10 +63,9 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
                 "this base model is part of a mixture already; call unload() of that mixture, or load the base anew"
             )
         self.router = Router(bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)))
-        self.top_k = top_k
+        self.top_k, self.passes = top_k, passes
         self.same = [[(expert, name) for expert, name in group] for group in same]
         self.refuse_below: float | None = None
-        self.passes = passes
         self.fitted_passes: int | None = None  # what the statistics are of
         self.chosen_gates = None if gates is None else set(gates)  # None: wherever gates may stand
         self.shrinkage = SHRINKAGE
@@ -128,11 +127,11 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
             return self.base_model(*args, **kwargs)
         found: dict[str, Any] = {}
         nothing = torch.zeros(len(self.expert_names))
-        with self.router.using(body=nothing, record=None, head=found):
+        with self.router.using(body=nothing, record=None, head=found, features=settings.plain_features):
             self.base_model(*args, **kwargs)
-        evidence = found["evidence"]
-        chosen = replace(evidence, weights=select(evidence.weights, self.top_k or 1, self.training), top_k=self.top_k or 1)
-        with self.router.using(evidence=chosen, features=None, scores=None):
+        evidence, top_k = found["evidence"], self.top_k or 1
+        weights = select(self.joint_head.classes.expert_log_probs(evidence.experts).exp(), top_k, self.training)
+        with self.router.using(evidence=replace(evidence, classes=None, weights=weights, top_k=top_k)):
             return self.base_model(*args, **kwargs)
 
     # `transformers.Trainer` asks the class, before any base model is known, whether it takes labels.
@@ -172,7 +171,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
     @property
     def top_k(self) -> int | None:
-        """How many experts an image uses, the most weighted first; None for all. 1 is hard routing. See `early_top_k`."""
+        """How many experts an image uses, the most weighted first; None for all. 1 is hard routing."""
         return self.router.top_k
 
     @top_k.setter
@@ -180,14 +179,15 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         self.router.top_k = at_least_one("top_k", value)
 
     @property
-    def early_top_k(self) -> int | None:
-        """How many experts an image uses at least in blocks before the last gate, where the gates know less, if `top_k` is set;
-        None for no more than after it. With 3 of them top_k = 1 is about as accurate as all experts."""
-        return self.router.early_top_k
+    def passes(self) -> int:
+        """1: experts are used from a block on in the pass that finds them. 2: the plain base model finds the expert first."""
+        return self.router.passes
 
-    @early_top_k.setter
-    def early_top_k(self, value: int | None) -> None:
-        self.router.early_top_k = at_least_one("early_top_k", value)
+    @passes.setter
+    def passes(self, value: int) -> None:
+        if value not in (1, 2):
+            raise MixtureError(f"passes must be 1 or 2, not {value}")
+        self.router.passes = value
 
     @property
     def joint_head(self) -> JointHead | None:
@@ -202,14 +202,11 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         """The gates by the name of the block or layer before which they stand, in the model's order."""
         return building.gates(self.base_model)
 
-    def steering_gates(self) -> list[str]:
-        """The names of the gates by which experts are weighed: those from the last one on that sees the plain model."""
-        if self.passes == 2:
-            return []
-        units = building.units_of(self.base_model)
-        gated = [unit for unit, gate in units.items() if gate is not None]
-        plain = [unit.name for unit in gated if unit.place is not None and unit.place <= self.router.start]
-        return [unit.name for unit in gated if unit.name not in plain[:-1]]
+    def routing_gates(self) -> list[str]:
+        """The names of the gates that tell which expert an image needs; all tell which class of an expert it is of."""
+        units, head = building.units_of(self.base_model), self.joint_head
+        names = [unit.name for unit, gate in units.items() if gate is not None and self.router.routes(unit)]
+        return names + [name for name in self.gates() if head is not None and name == head.name and self.router.head_routes]
 
     def gate_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, in fp32: those of the gates and, where there is one, the head's three numbers."""
@@ -257,25 +254,29 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
         """Logits, weights and familiarity of a batch, from one pass in evaluation mode; arguments as of the base model."""
         features, record = {}, {}
-        with self.evaluating(), self.router.using(features=features, record=record):
+        asked = {"plain_features" if self.passes == 2 else "features": features}
+        with self.evaluating(), self.router.using(record=record, **asked):
             output = self(*args, **kwargs)
-        gates = self.gates()
-        near = [gates[name].familiarity(values) for name, values in features.items() if gates[name].knows_classes]
+        gates, routing = self.gates(), self.routing_gates()
+        near = [gates[name].familiarity(values) for name, values in features.items()
+                if name in routing and gates[name].knows_classes]
         familiarity = F.softsign(torch.stack(near).mean(0)) if near else None
         return Prediction(output if isinstance(output, Tensor) else output.logits, record, familiarity)
 
     # ---- gates ----
 
-    def fit_gates(self, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches] | None = None) -> None:
-        """Fit the gates in closed form to images of every expert, each read once, through the plain base model.
+    def fit_gates(self, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches] | None = None, *,
+                  epochs: int = 0, learning_rate: float = 1e-3) -> list[dict[str, float]]:
+        """Fit the gates in closed form to images of every expert, each read once, through this expert.
 
         images: expert name -> batches, each (inputs, labels) or a mapping of the base model's arguments with "labels"; or one
         pair of tensors. Labels are positions in the expert's classes. Experts whose images were seen before may be left out.
-        validation: the same, of other images of all experts, each read once: by 600 of them, or 8 of an expert if that is
-        more, which are kept in memory for the time, the gates' and the head's few coefficients are chosen. Raises MixtureError
-        and leaves the gates as they were.
+        validation: the same, of other images of all experts, each read once: 600 of them, or 8 of an expert if that is more,
+        choose which gates stay, how much each counts, and the head's numbers. epochs: the gates are then trained on for so
+        many, by what they saw of about 4,000 images; the best by validation stays. Returns a row for each epoch, the start being
+        epoch 0, with loss and accuracy of training and validation. Raises MixtureError and leaves the gates as they were.
         """
-        experts.fit(self, images, validation or {})
+        return experts.fit(self, images, validation or {}, epochs, learning_rate)
 
     def train_gates(self, loader: fitting.Batches, validation: fitting.Batches | None = None, *, epochs: int = 10,
                     learning_rate: float = 2e-3, weight_decay: float = 0.0) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """What one forward pass of a mixture is asked for, and what it carries from gate to gate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,22 +13,16 @@ if TYPE_CHECKING:
     from ContextGatedMOE.routing import Router
 
 
-class StopPass(Exception):
-    """Ends a pass of which no more is wanted."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """What a caller asks of the passes in its `with` block.
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
     body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. evidence: what an earlier pass
-    over the same inputs has found, by which the experts are weighed in place of the gates, or None. from_start: fixed weights
-    count from the block on where the experts begin, as in passes that ask the gates. until: a pass ends, by raising
-    `StopPass`, when it has recorded the features of so many gates, or None.
+    over the same inputs has found, by which the experts are weighed; gates then speak of classes only. Or None. from_start: fixed weights
+    count from the block on where the experts begin, as in passes that ask the gates.
     record: filled with {layer name: (B, E)} unless None. features: filled with {gate name: (B, K)}, what the gates see, unless
-    None. scores: filled with {gate name: (B, C)}, what the gates say of the classes, unless None. head: filled with "logits",
-    (B, C) of the experts' own heads, and "evidence", all that the gates have said, unless None.
+    None; plain_features: the same of the first of two passes. head: filled with "logits", (B, C) of the experts' own heads, and "evidence", all that the gates have said, unless None.
     """
 
     fixed: Tensor | None = None
@@ -36,32 +30,28 @@ class Settings:
     body: Tensor | None = None
     evidence: "Evidence | None" = None
     from_start: bool = False
-    until: int | None = None
     record: dict[str, Tensor] | None = None
     features: dict[str, Tensor] | None = None
-    scores: dict[str, Tensor] | None = None
+    plain_features: dict[str, Tensor] | None = None
     head: dict[str, Any] | None = None
 
     def note_features(self, gate: str, features: Tensor) -> None:
-        """Record what a gate sees (B, K), if that is asked for; end the pass if no more is."""
+        """Record what a gate sees (B, K), if that is asked for."""
         if self.features is not None:
             self.features[gate] = features
-            if len(self.features) == self.until:
-                raise StopPass
 
 
 @dataclass(frozen=True)
 class Unit:
     """A block, or an adapted layer outside of any block: what the experts are weighed for.
 
-    chain: units of one chain carry the evidence on from one to the next; first: the chain begins here; last: none of its gates
-    comes after this unit. place: the number of a block in the only list of blocks, None elsewhere.
+    chain: units of one chain carry the evidence on from one to the next; first: the chain begins here. place: the number
+    of a block in the only list of blocks, None elsewhere.
     """
 
     name: str
     chain: str
     first: bool
-    last: bool
     place: int | None
 
 
@@ -81,13 +71,15 @@ class Evidence:
         moved = (None if value is None else value.to(device) for value in (self.experts, self.classes, self.weights))
         return Evidence(*moved, self.top_k)
 
-    def with_scores(self, scores: Tensor, gate: "Gate") -> "Evidence":
-        """With what one more gate says of the classes, scores (B, C); the weights stay."""
-        if self.classes is None:
-            return Evidence(gate.coefficient * scores, gate.class_coefficient * scores, self.weights, self.top_k)
-        before = self.to(scores.device)
-        return Evidence(before.experts + gate.coefficient * scores, before.classes + gate.class_coefficient * scores,
-                        before.weights, self.top_k)
+    def and_also(self, experts: Tensor | None, classes: Tensor | None) -> "Evidence":
+        """With what one more gate says of the experts and of the classes, each (B, C) or None; the weights stay."""
+        return replace(self, experts=_sum(self.experts, experts), classes=_sum(self.classes, classes))
+
+
+def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if before is None or more is None:
+        return before if more is None else more
+    return before.to(more.device) + more
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.passes import Evidence, Pass, Settings, StopPass, Unit, Weights
+from ContextGatedMOE.passes import Evidence, Pass, Settings, Unit, Weights
 
 GATE = "context_gate"  # the name of a gate as a submodule of the block before which it stands
 
@@ -44,7 +44,8 @@ class Router:
         self.is_encoder_decoder = is_encoder_decoder
         self.start = 0  # the number of the block from which on the experts are used; the gates before it see the plain model
         self.top_k: int | None = None
-        self.early_top_k: int | None = None
+        self.passes = 1
+        self.blocks = 0  # how many blocks the model has in its only list
 
     @property
     def settings(self) -> Settings:
@@ -113,13 +114,13 @@ class Router:
                 f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
                 "the batch as the first dimension"
             )
-        gate, asked = getattr(module, GATE, None), settings.fixed is None and settings.evidence is None and not settings.plain
-        scores = None
+        gate, said = getattr(module, GATE, None), None
+        asked = settings.fixed is None and not settings.plain
         if gate is not None and (settings.features is not None or asked):
             tokens = as_tokens(x).to(gate.score.weight.device)
             features = gate.features(tokens, self._mask(current, unit, tokens.shape[1], masked))
             settings.note_features(unit.name, features)
-            scores = gate(features) if asked else None  # (B, C)
+            said = gate(features) if asked else None
         if settings.plain:
             return None, None
         before_start = unit.place is not None and unit.place < self.start
@@ -127,17 +128,18 @@ class Router:
             evidence = Evidence(None, None, settings.fixed.to(x.device).expand(batch, -1), None)
             before_start = before_start and settings.from_start
         elif settings.evidence is not None:
-            evidence, before_start = settings.evidence.to(x.device), False
-        elif scores is None and before is None and unit.place is not None:
+            evidence, before_start = (before or settings.evidence.to(x.device)), False
+            evidence = evidence if said is None else evidence.and_also(None, said[1])
+        elif said is None and before is None and unit.place is not None:
             return None, None  # no gate has seen the images yet
-        elif scores is None:
+        elif said is None:
             evidence = before or current.latest(batch, unit.name)
         else:
-            if settings.scores is not None:
-                settings.scores[unit.name] = scores
-            evidence = (before or Evidence(None, None, scores, None)).with_scores(scores, gate)
-            top_k = self.top_k if unit.last or self.top_k is None else max(self.top_k, self.early_top_k or 1)
-            evidence = replace(evidence, weights=gate.classes.weights(evidence.experts, top_k, module.training), top_k=top_k)
+            routes = self.routes(unit) or before is None
+            evidence = (before or Evidence(None, None, said[0], None)).and_also(said[0] if routes else None, said[1])
+            if routes:
+                evidence = replace(evidence, weights=gate.classes.weights(evidence.experts, self.top_k, module.training),
+                                   top_k=self.top_k)
         current.evidence.pop(unit.chain, None)
         current.evidence[unit.chain] = evidence
         if settings.record is not None and (settings.body is not None or not before_start):
@@ -145,6 +147,16 @@ class Router:
         if settings.body is not None:
             return settings.body.to(x.device).expand(batch, -1), None
         return (None, None) if before_start else (evidence.weights, evidence.top_k)
+
+    @property
+    def head_routes(self) -> bool:
+        """Whether what the gate before the head sees tells of the experts, as where there are no adapters."""
+        return self.passes == 2 or self.start >= self.blocks
+
+    def routes(self, unit: Unit) -> bool:
+        """Whether the gate before a unit tells of the experts: later ones see what the experts made of an image, in which each
+        finds its own."""
+        return unit.place is None or unit.place <= self.start or self.passes == 2
 
     def _mask(self, current: Pass, unit: Unit, tokens: int, masked: bool) -> Tensor | None:
         """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.

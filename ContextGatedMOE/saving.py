@@ -37,7 +37,6 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "same": list,
     "gate_hidden": int,
     "top_k": (int, type(None)),
-    "early_top_k": (int, type(None)),
     "refuse_below": (float, type(None)),
     "ranks": dict,
     "passes": int,
@@ -92,7 +91,6 @@ class Saving:
             "same": self.same,
             "gate_hidden": self.gate_hidden,
             "top_k": self.top_k,
-            "early_top_k": self.early_top_k,
             "refuse_below": None if self.refuse_below is None else float(self.refuse_below),
             "ranks": {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)},
             "heads": heads,
@@ -161,7 +159,6 @@ class Saving:
             )
             model.router.start, model.fitted_passes = config["start"], config["fitted_passes"]
             model.shrinkage = config["shrinkage"]
-            model.early_top_k = config["early_top_k"]
             _load_parts(model, tensors)
             model.statistics = _cut_statistics(sums)
         except (MixtureError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

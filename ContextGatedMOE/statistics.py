@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 SHRINKAGE = 0.1  # of the correlations towards none, where no validation images have chosen it
+OWN_SHRINKAGE = 0.2  # the same, within one expert
+DRAWN_TO_COMMON = 200.0  # images as which the common covariance counts beside those of one expert
 ENOUGH_FREEDOM = 100.0  # images beyond the number of classes at which an expert counts half as much as with endless ones
 TOO_FLAT = 1e-6  # a feature whose deviation is below this share of the largest tells nothing
 
@@ -77,40 +79,71 @@ class Discriminant:
 
 
 def discriminant(experts: list[Statistics], shrinkage: float = SHRINKAGE) -> Discriminant:
-    """The discriminants of all experts' classes, with one covariance for all.
+    """The discriminants of all experts' classes, with one covariance for all: which expert's class an image is of."""
+    return _discriminant(experts, _Whitening(common_covariance(experts), shrinkage))
 
-    An expert counts by the degrees of freedom of its images, n - C, but hardly more than others once it has many. The
-    correlations are shrunk towards none (Friedman 1989, regularised discriminant analysis). A class's mean is shrunk towards
-    the middle of all classes by what its images cannot tell (James and Stein 1961): the mean of few images lies far off in
-    many directions, and without this such a class is hardly ever found.
+
+def own_discriminants(experts: list[Statistics], shrinkage: float = OWN_SHRINKAGE) -> tuple[Tensor, Tensor]:
+    """The discriminants within each expert, weight (C, K) and bias (C,): which class of an expert an image is of, if it is its.
+
+    Each expert has a covariance of its own, drawn to the common one as by so many images more (Friedman 1989): what varies
+    within the classes of one task may tell those of another.
     """
-    means = torch.cat([expert.means for expert in experts]).double()  # (C, K)
+    common, found = common_covariance(experts), []
+    for expert in experts:
+        freedom = (expert.counts.sum() - len(expert.counts)).clamp_min(0)
+        own = (symmetric(expert.scatter.double(), common.shape[0]) + DRAWN_TO_COMMON * common) / (freedom + DRAWN_TO_COMMON)
+        found.append(_discriminant([expert], _Whitening(own, shrinkage)))
+    return torch.cat([part.weight for part in found]), torch.cat([part.bias for part in found])
+
+
+def common_covariance(experts: list[Statistics]) -> Tensor:
+    """The covariance (K, K) within the classes of all experts.
+
+    An expert counts by the degrees of freedom of its images, n - C, but hardly more than others once it has many.
+    """
     freedom = torch.stack([expert.counts.sum() - len(expert.counts) for expert in experts]).double().clamp_min(0)
     share = 1 / (freedom + ENOUGH_FREEDOM)
     half = sum(weight * expert.scatter.double() for weight, expert in zip(share, experts, strict=True))
-    covariance = symmetric(half / (share * freedom).sum().clamp_min(1e-6), means.shape[1])
-    deviation = covariance.diagonal().sqrt()
-    flat = deviation <= TOO_FLAT * deviation.max()
-    scale = torch.where(flat, torch.inf, deviation)
-    correlation = covariance / scale[:, None] / scale
-    shrunk = (1 - shrinkage) * correlation
-    shrunk.diagonal().fill_(1 + 1e-3)
-    root = torch.linalg.cholesky(shrunk)
-    whitened = torch.linalg.solve_triangular(root, (means / scale).T, upper=False).T  # (C, K)
+    return symmetric(half / (share * freedom).sum().clamp_min(1e-6), experts[0].means.shape[1])
+
+
+class _Whitening:
+    """Features to coordinates in which a covariance (K, K), its correlations shrunk towards none, is the identity."""
+
+    def __init__(self, covariance: Tensor, shrinkage: float):
+        deviation = covariance.diagonal().sqrt()
+        self.scale = torch.where(deviation <= TOO_FLAT * deviation.max(), torch.inf, deviation)
+        correlation = covariance / self.scale[:, None] / self.scale
+        shrunk = (1 - shrinkage) * correlation
+        shrunk.diagonal().fill_(1 + 1e-3)
+        self.root = torch.linalg.cholesky(shrunk)
+        self.noise = torch.cholesky_solve(correlation, self.root).trace()  # the expected square of an image's distance
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.root, (features / self.scale).T, upper=False).T
+
+    def axes(self, directions: Tensor) -> Tensor:
+        """Directions (R, K) there as weights (R, K) of features."""
+        return torch.linalg.solve_triangular(self.root.T, directions.T, upper=True).T / self.scale
+
+
+def _discriminant(experts: list[Statistics], whiten: _Whitening) -> Discriminant:
+    """A class's mean is shrunk towards the middle of the classes by what its images cannot tell (James and Stein 1961): the mean
+    of few images lies far off in many directions, and without this such a class is hardly ever found."""
+    whitened = whiten(torch.cat([expert.means for expert in experts]).double())  # (C, K)
     centre = torch.stack([part.mean(0) for part in whitened.split([len(expert.means) for expert in experts])]).mean(0)
     # The mean of n images is off by a covariance / n: its square is larger by this much than that of the true mean.
-    counts = torch.cat([expert.counts for expert in experts]).double().clamp_min(1)
-    excess = torch.cholesky_solve(correlation, root).trace() / counts
+    excess = whiten.noise / torch.cat([expert.counts for expert in experts]).double().clamp_min(1)
     offsets = whitened - centre
     between = (offsets.square().sum(1) - excess).median().clamp_min(1e-6)
     offsets = offsets * (between / (between + excess))[:, None]
     shifted = centre + offsets
-    weight = torch.linalg.solve_triangular(root.T, shifted.T, upper=True).T / scale
     left, sizes, right = torch.linalg.svd(offsets, full_matrices=False)
     kept = sizes > 1e-6 * sizes.max().clamp_min(1e-12)
     directions = right[kept]  # (R, K)
-    axes = torch.linalg.solve_triangular(root.T, directions.T, upper=True).T / scale
     centres = (left * sizes)[:, kept].T  # (R, C)
-    total = torch.eye(len(directions), dtype=centres.dtype) + centres @ centres.T / len(means)
+    total = torch.eye(len(directions), dtype=centres.dtype) + centres @ centres.T / len(whitened)
     return Discriminant(*(tensor.float() for tensor in (
-        weight, -shifted.square().sum(1) / 2, axes, directions @ centre, centres, torch.linalg.inv(total))))
+        whiten.axes(shifted), -shifted.square().sum(1) / 2, whiten.axes(directions), directions @ centre, centres,
+        torch.linalg.inv(total))))

@@ -1,14 +1,112 @@
-"""Training the gates with any loader: AdamW on the loss of the joint answer, the best epoch stays."""
+"""Training the gates on the loss of the joint answer, from their start on; the best epoch stays."""
 
 import inspect
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.fitting import Batches, batches
+from ContextGatedMOE.fitting import Batches, Seen, batches
+from ContextGatedMOE.passes import Evidence
+
+
+DRAWN_BACK = 1e-3  # weight of the squared distance of the second layer from its start, in deviations of the features
+STEP = 64  # images of a step on features
+
+
+def refine(model: nn.Module, train: Seen, validation: Seen, epochs: int, learning_rate: float) -> list[dict[str, float]]:
+    """Train the gates' second layers on features that were computed once: softmax regressions that go on from the discriminants
+    and are drawn back to them, by Adam on the joint loss.
+
+    The epoch of the lowest validation loss stays, which may be the start. Returns loss and accuracy of every epoch, the start
+    being epoch 0; experts weigh alike in all of them.
+    """
+    routing, head = model.routing_gates(), model.joint_head
+    layers = [_Layer.of(gate.score, gate.coefficient, train.plain[name], validation.plain[name], True)
+              for name, gate in model.gates().items() if name in routing]
+    layers += [_Layer.of(gate.class_score, gate.class_coefficient, train.features[name], validation.features[name], False)
+               for name, gate in model.gates().items()]
+
+    def answers(seen: Seen, part: int, rows: Tensor) -> Tensor:
+        evidence = Evidence(None, None, seen.logits.new_ones(len(rows), len(model.sizes)), None)
+        for layer in layers:
+            scores = layer.scores(part, rows)
+            evidence = evidence.and_also(*((scores, None) if layer.of_experts else (None, scores)))
+        return head.by_class(seen.logits[rows], evidence)
+
+    @torch.no_grad()
+    def measured(seen: Seen, part: int) -> tuple[float, float]:
+        said = torch.cat([answers(seen, part, rows) for rows in torch.arange(len(seen.labels)).split(1024)])
+        right = (said.argmax(1) == seen.labels).float()
+        losses = F.cross_entropy(said, seen.labels, reduction="none")
+        return (seen.weights * losses).sum().item(), (seen.weights * right).sum().item()
+
+    trained = [value for layer in layers for value in (layer.weight, layer.bias)]
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    generator = torch.Generator().manual_seed(0)
+    history: list[dict[str, float]] = []
+    best: list[Tensor] = []
+    for epoch in range(epochs + 1):
+        for rows in torch.randperm(len(train.labels), generator=generator).split(STEP) if epoch else ():
+            losses = F.cross_entropy(answers(train, 0, rows), train.labels[rows], reduction="none")
+            loss = (losses * train.weights[rows]).sum() * len(train.labels) / len(rows)
+            loss = loss + DRAWN_BACK * sum(layer.weight.square().sum() for layer in layers)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        (loss, accuracy), (validation_loss, validation_accuracy) = measured(train, 0), measured(validation, 1)
+        if not math.isfinite(loss + validation_loss):
+            raise MixtureError(f"the loss of the gates is {loss + validation_loss}: a smaller learning_rate may help")
+        history.append({"epoch": epoch, "training_loss": loss, "validation_loss": validation_loss,
+                        "training_accuracy": accuracy, "validation_accuracy": validation_accuracy})
+        if validation_loss == min(row["validation_loss"] for row in history):
+            best = [value.detach().clone() for value in trained]
+    with torch.no_grad():
+        for value, chosen in zip(trained, best, strict=True):
+            value.copy_(chosen)
+        for layer in layers:
+            layer.keep()
+    return history
+
+
+@dataclass
+class _Layer:
+    """What is added to a second layer in training: weight (C, K) and bias (C,) for features in their own deviations.
+
+    start: the scores (N, C) of training and of validation images before; scaled: their features.
+    """
+
+    layer: nn.Linear
+    coefficient: Tensor
+    of_experts: bool
+    centre: Tensor
+    scale: Tensor
+    start: list[Tensor]
+    scaled: list[Tensor]
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: nn.Linear, coefficient: Tensor, train: Tensor, validation: Tensor, of_experts: bool) -> "_Layer":
+        centre, scale = train.mean(0), train.std(0, correction=0)
+        scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)
+        parts = (train, validation)
+        return cls(layer, coefficient.detach(), of_experts, centre, scale, [layer(part) for part in parts],
+                   [(part - centre) / scale for part in parts], torch.zeros_like(layer.weight).requires_grad_(),
+                   torch.zeros_like(layer.bias).requires_grad_())
+
+    def scores(self, part: int, rows: Tensor) -> Tensor:
+        """Scores (B, C), as much as they count, of rows (B,) of the training (0) or validation (1) images."""
+        return self.coefficient * (self.start[part][rows] + F.linear(self.scaled[part][rows], self.weight, self.bias))
+
+    def keep(self) -> None:
+        """Make what was added a part of the layer."""
+        self.layer.weight += self.weight / self.scale
+        self.layer.bias += self.bias - (self.weight / self.scale) @ self.centre
 
 
 def train_gates(model: nn.Module, loader: Batches, validation: Batches | None, epochs: int, learning_rate: float,

@@ -1,7 +1,6 @@
 """Which parts of a base model the experts are weighed for, and where gates may stand."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -42,7 +41,7 @@ def find_units(model: nn.Module, adapted: Iterable[str], heads: Iterable[str]) -
         chain = "" if len(lists) < 2 else parent if parent in lists else name
         has_gate = name in gated or (parent not in lists and (not lists or not begun & gated or len(lists) > 1))
         place = numbers.get(name) if len(lists) == 1 else None
-        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units), True, place), has_gate))
+        units.append((Unit(name, chain, not any(unit.chain == chain for unit, _ in units), place), has_gate))
         begun.add(name)
     return units
 
@@ -57,13 +56,6 @@ def largest_list(modules: dict[str, nn.Module]) -> set[str]:
     sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()
              if isinstance(module, nn.ModuleList) and len(module)}
     return {max(sizes, key=lambda name: (sizes[name], -len(name)))} if sizes else set()
-
-
-def with_gates(units: Iterable[tuple[Unit, bool]], chosen: set[str] | None) -> list[tuple[Unit, bool]]:
-    """The same units with the chosen gates only (all if None), each of which knows whether a gate of its chain comes later."""
-    units = [(unit, gate and (chosen is None or unit.name in chosen)) for unit, gate in units]
-    return [(replace(unit, last=not any(gate and after.chain == unit.chain for after, gate in units[number + 1 :])), gate)
-            for number, (unit, gate) in enumerate(units)]
 
 
 def model_width(module: nn.Module) -> int:
