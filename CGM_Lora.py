@@ -1,9 +1,10 @@
 """Step 6: one context-gated mixture over all LoRA experts, which is never told the task and answers among all tasks' classes.
 
-Its gates start in closed form from the training images of all tasks; training goes on from there, as long as it helps.
---compare puts it beside no experts, routers, merges, joint training and an oracle, in CGM_Lora_Comparison.csv and .png.
---add_expert NAME=FOLDER adds the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone; the
-results are in Results/CGM_Lora_NAME, the mixture it started from stays.
+Its gates are fitted in closed form to the training images of all tasks and trained on from there; validation images choose.
+--passes 2 lets the plain backbone find the expert first; --quick needs no experts: the gates alone answer.
+--compare puts the mixture beside the strongest other methods, in CGM_Lora_Comparison.csv and .png.
+--add_expert NAME=FOLDER adds the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone, and
+--add_expert NAME an expert without an adapter; the results are in Results/CGM_Lora_NAME, the mixture it started from stays.
 """
 
 from common.cli.flags import MixtureConfig
@@ -12,8 +13,7 @@ from common.cli.run import run
 
 def main(config: MixtureConfig) -> None:
     """Fit the gates, evaluate on the test images of each task, and write the one model."""
-    from common import models  # here, so that --help is there at once
-    from common import mixture
+    from common import mixture, models  # here, so that --help is there at once
     from common.comparison.compare import compare, forget
     from common.data.tensors import load_task
     from common.results.folder import Results
@@ -27,7 +27,7 @@ def main(config: MixtureConfig) -> None:
         folder = results.folder / "Models" / models.mixture_name([*experts])
         if not results.finished(tasks, **mixture.starts(config, tasks)):
             model = mixture.grow(config, tasks) if added else mixture.build(config, tasks)
-            fitted = mixture.fit_gates(model, config, tasks, results.checkpoint(folder.name))
+            fitted = mixture.fit_gates(model, config, tasks)
             predictions, routes = zip(*(mixture.predict(model, data.test, config) for data in tasks), strict=True)
 
             trained = models.trainable_parameters(model)

@@ -1,6 +1,5 @@
-"""The mixture of every task's LoRA expert: build it, fit its gates, add experts, open it, and predict."""
+"""The product's core, the mixture of every task's LoRA expert: build it, fit its gates, add experts, open it, ask it."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,32 +21,32 @@ from common.provenance import PROVENANCE_FILE, differences
 from common.results.metrics import JointPredictions
 from common.tasks import read_tasks
 from common.training import distributed
-from common.training.checkpoint import Checkpoint
 from common.training.distributed import device_of
 from common.training.evaluate import EVALUATION_BATCH, evaluate
-from common.training.loop import Fit, fit
+from common.training.loop import Fit
 from common.training.memory import in_batches, with_smaller_batches
 from common.training.objective import JointObjective
 from ContextGatedMOE import ContextGatedMOE, MixtureError
 
 # All experts of 16 take 1.4 times as long as one expert, of 64 three times (measured at BEiT-base's size); one of any number
-# takes hardly longer than one expert, and is as accurate if blocks before the last gate, where the gates know less, use three.
+# takes hardly longer than one expert, and is about as accurate.
 MOST_AT_ONCE = 16
-EARLY_AT_ONCE = 3
 
 
 def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
-    """The mixture of every task's LoRA expert on their common backbone, its gates not fitted yet."""
+    """The mixture of every task's LoRA expert on their common backbone, its gates not fitted yet; with --quick, of experts that
+    have no adapters."""
     base = load_base(config, tasks)
-    for data in tasks:
-        models.check_expert(config, data, models.backbone_fingerprint(base))
-    experts = {data.task.key: models.lora_folder(config, data.task) for data in tasks}
+    if not config.quick:
+        for data in tasks:
+            models.check_expert(config, data, models.backbone_fingerprint(base))
+    experts = {data.task.key: None if config.quick else models.lora_folder(config, data.task) for data in tasks}
     classes = {data.task.key: data.classes for data in tasks}
     try:
-        model = ContextGatedMOE.from_adapters(base, experts, classes, gate_hidden=config.gate_hidden)
+        model = ContextGatedMOE.from_adapters(base, experts, classes, gate_hidden=config.gate_hidden, passes=config.passes)
     except MixtureError as error:
         raise UserError(f"{error}; run {command('Lora_Finetune', config)} --overwrite") from error
-    model.top_k, model.early_top_k = experts_at_once(config, len(tasks)), EARLY_AT_ONCE
+    model.top_k = experts_at_once(config, len(tasks))
     return model.eval()
 
 
@@ -58,53 +57,50 @@ def experts_at_once(config: MixtureConfig, experts: int) -> int | None:
 
 def starts(config: MixtureConfig, tasks: list[TaskData]) -> dict[str, dict[str, str | None]]:
     """Fingerprints of what a mixture is made from: the experts and, with --add_expert, the mixture it starts from."""
-    adapters = {data.task.key: models.lora_folder(config, data.task) for data in tasks} | config.added_experts()
+    adapters = {} if config.quick else {data.task.key: models.lora_folder(config, data.task) for data in tasks}
+    adapters |= {name: folder for name, folder in config.added_experts().items() if folder is not None}
     found = {"experts": {name: models.fingerprint(adapter) for name, adapter in adapters.items()}}
     return found | ({"start": {"mixture": models.fingerprint(start_folder(config))}} if config.add_expert else {})
 
 
-def fit_gates(
-    model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], checkpoint: Checkpoint | None = None
-) -> Fit:
-    """Fit the gates in closed form, then train them; that start is epoch 0 of the training and may be the chosen one.
+def fit_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData]) -> Fit:
+    """Fit the gates in closed form and train them on; that start is epoch 0 of the training and may be the chosen one.
 
-    With --add_expert the gates follow from the statistics that the mixture holds, and nothing is trained. The time that the
-    start takes counts.
+    With --add_expert the gates follow from the statistics that the mixture holds, and nothing is trained.
     """
     started = time.perf_counter()
-    if config.add_expert:
-        config = dataclasses.replace(config, epochs=0)
-    else:
-        fit_start(model, config, tasks)
-    seconds = time.perf_counter() - started
-    fitted = train_gates(model, config, tasks, "CGM", checkpoint)
+    model.to(device_of(config))
+    rows = [] if config.add_expert else with_smaller_batches(EVALUATION_BATCH, lambda size: model.fit_gates(
+        {data.task.key: Batches(data.train, size) for data in tasks},
+        {data.task.key: Batches(data.validation, size) for data in tasks},
+        epochs=config.epochs, learning_rate=config.learning_rate))
+    history = pd.DataFrame(rows or [_as_it_is(model, config, tasks)])
+    history["chosen"] = (history.index == history["validation_loss"].idxmin()).astype(int)
     if config.refuse:
-        lowest = [np.quantile(predict(model, data.validation, config)[0].familiarity, config.refuse) for data in tasks]
-        model.refuse_below = float(np.mean(lowest))
-    return dataclasses.replace(fitted, seconds=fitted.seconds + seconds)
+        model.refuse_below = least_familiar(model, config, tasks)
+    images = sum(len(data.train) for data in tasks)
+    return Fit(history, time.perf_counter() - started, images * (1 + config.epochs))
 
 
-def train_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData], name: str,
-                checkpoint: Checkpoint | None = None) -> Fit:
-    """Train the gates from where they are, on the joint answer, tasks weighing alike; the start is epoch 0."""
-    images, validation = together([data.train for data in tasks]), together([data.validation for data in tasks])
-    objective = JointObjective(torch.tensor([model.columns[data.task.key][0] for data in tasks]))
-    fitted = fit(model, images, validation, config, name, objective=objective, checkpoint=checkpoint, start_counts=True)
-    if config.epochs == 0:  # no epoch has told how the training images do
-        probabilities, loss = evaluate(model, images, config, objective)
+def _as_it_is(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData]) -> dict[str, float]:
+    """The row of a history that tells of a model without training."""
+    objective, row = JointObjective(torch.tensor([model.columns[data.task.key][0] for data in tasks])), {"epoch": 0}
+    for split in ("training", "validation"):
+        images = together([data.train if split == "training" else data.validation for data in tasks])
+        probabilities, row[f"{split}_loss"] = evaluate(model, images, config, objective)
         right = objective.correct(torch.from_numpy(probabilities), objective.labels(images).cpu())
         weights = objective.weights(images).cpu()
-        accuracy = ((right * weights).sum() / weights.sum()).item()
-        fitted.history["training_loss"], fitted.history["training_accuracy"] = loss, accuracy
-    return fitted
+        row[f"{split}_accuracy"] = ((right * weights).sum() / weights.sum()).item()
+    return row
 
 
-def fit_start(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData]) -> None:
-    """Fit the gates in closed form to the training images, and their coefficients to the validation images."""
-    model.to(device_of(config))
-    with_smaller_batches(EVALUATION_BATCH, lambda size: model.fit_gates(
-        {data.task.key: Batches(data.train, size) for data in tasks},
-        {data.task.key: Batches(data.validation, size) for data in tasks}))
+def least_familiar(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskData]) -> float:
+    """The familiarity that a share of `config.refuse` of the validation images stays below, tasks weighing alike."""
+    parts = [predict(model, data.validation, config)[0].familiarity for data in tasks]
+    values, weights = np.concatenate(parts), np.concatenate([np.full(len(part), 1 / len(part)) for part in parts])
+    order = values.argsort()
+    reached = weights[order].cumsum() / weights.sum()
+    return float(values[order][np.searchsorted(reached, config.refuse)])
 
 
 class Batches:
@@ -139,12 +135,13 @@ def grow(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
     try:
         for name, adapter in added.items():
             data = by_key[name]
-            expert = lora.expert_of(name, lora.adopt(config, data, lora.read_adapter(name, str(adapter), "--add_expert")))
+            expert = None if adapter is None else lora.expert_of(
+                name, lora.adopt(config, data, lora.read_adapter(name, str(adapter), "--add_expert")))
             with_smaller_batches(EVALUATION_BATCH, lambda size, name=name, expert=expert, data=data: model.add_expert(
                 name, expert, classes=data.classes, images=Batches(data.train, size)))
     except MixtureError as error:
         raise UserError(f"--add_expert: {error}") from error
-    model.top_k, model.early_top_k = experts_at_once(config, len(model.expert_names)), EARLY_AT_ONCE
+    model.top_k = experts_at_once(config, len(model.expert_names))
     return model
 
 

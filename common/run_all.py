@@ -60,6 +60,8 @@ def import_libraries() -> None:
 
 def steps(config: RunAllConfig) -> list[list[str]]:
     """The scripts in order; those that run at the same time are one step."""
+    if config.quick:
+        return [["Data_Preparation"], ["CGM_Lora"]]
     together = SIDE_BY_SIDE if config.side_by_side and torch_threads() > 1 else []
     return [together if script in together else [script] for script in SCRIPTS if script not in together[1:]]
 

@@ -134,12 +134,15 @@ class GateFlags:
 
     _argument_group_name: ClassVar[str] = "gates"
     gate_hidden: int = option(128, "units of each gate's first layer")
-    top_k: int = option(0, "experts that an image uses (before the last gate, at least 3); 0 is all of up to 16 experts, and "
-                           "one where there are more")
-    refuse: float = option(0.0, "answer 'none' to images less familiar than this share of the validation images")
+    top_k: int = option(0, "experts that an image uses; 0 is all of up to 16 experts, and one where there are more")
+    passes: Literal[1, 2] = option(
+        1, "1: one pass, in which the first third of the blocks finds the experts and the others use them; 2: the plain backbone "
+           "finds the expert, which answers in a second pass: more accurate, and takes twice as long")
+    quick: bool = option(False, "a mixture from images alone: no adapters, the gates' knowledge of the classes is the answer")
+    refuse: float = option(0.0, "answer 'none' to images that look less familiar than this share of the validation images does")
     add_expert: list[str] = field(default_factory=list, metadata={
         "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME "
-                "alone"})
+                "alone; NAME by itself adds an expert without an adapter"})
 
 
 SOURCE_HELP = ("a folder with one subfolder of images a class (these also inside train, validation and test), a .zip of it, "
@@ -267,28 +270,28 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
     _argument_group_name: ClassVar[str] = "comparison"
     lowest: ClassVar[dict[str, float]] = {**RunFlags.lowest, "epochs": 0}
     epochs: int = option(
-        0, "passes over the training images after the closed-form start, which is epoch 0; the best epoch is taken"
-    )
-    learning_rate: float = option(2e-3, "peak learning rate of the gates")
+        10, "passes over the training images' features after the closed-form start, which is epoch 0; the best epoch is taken")
+    learning_rate: float = option(1e-3, "learning rate of the gates")
     compare: bool = option(False, "also compare the mixture with no experts, routers, merges, joint training and an oracle")
     seeds: int = option(1, "how many times --compare trains whatever it trains, each with another seed")
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-3}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.quick and (self.compare or self.add_expert):
+            raise UserError("--quick makes a mixture without adapters; leave --compare and --add_expert out")
         if self.refuse >= 1:
             raise UserError(f"--refuse takes a share of the validation images, from 0 to below 1, not {self.refuse}")
         if self.compare and self.add_expert:
             raise UserError("--compare is of the mixture of the tasks' own experts; leave --add_expert out")
         for entry in self.add_expert:
-            if not re.fullmatch(r"[\w-]+=.+", entry):
-                raise UserError(f"--add_expert takes NAME=FOLDER, the name of letters, digits, _ and -, not {entry}")
+            if not re.fullmatch(r"[\w-]+(=.+)?", entry):
+                raise UserError(f"--add_expert takes NAME=FOLDER or NAME, of letters, digits, _ and -, not {entry}")
         if len(self.added_experts()) < len(self.add_expert):
             raise UserError("--add_expert: two of the experts have one name")
 
-    def added_experts(self) -> dict[str, Path]:
-        """The experts to add: name -> folder of the adapter."""
-        return {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in self.add_expert)}
+    def added_experts(self) -> dict[str, Path | None]:
+        """The experts to add: name -> folder of the adapter, None for one without."""
+        return {name: Path(folder) if folder else None for name, _, folder in (entry.partition("=") for entry in self.add_expert)}
 
 
 @dataclass
@@ -300,6 +303,7 @@ class RunAllConfig(ExpertFlags, SourceFlags, RunFlags):
     side_by_side: bool = option(
         False, "run Finetune.py and Lora_Finetune.py at the same time, each with half of the CPU's threads: faster for small "
         "models, and takes the memory of both")
+    quick: bool = option(False, "only prepare the images and make a mixture of them without adapters, which needs no training")
 
 
 @dataclass

@@ -85,7 +85,7 @@ def _how_to_read(kind: Any) -> dict[str, Any]:
     if kind is bool:
         return {"nargs": "?", "const": True, "type": _boolean, "metavar": "yes|no"}
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        return {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     if get_origin(kind) is list:
         return {"nargs": "+", "action": "extend", "type": get_args(kind)[0]}
     return {"type": kind}

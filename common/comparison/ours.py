@@ -21,7 +21,7 @@ def mixture(inputs: Inputs, first: bool) -> Iterator[tuple[str, Scores]]:
     model = inputs.mixture
     if not first:
         model = build(inputs.config, inputs.tasks)
-        fit_gates(model, inputs.config, inputs.tasks, inputs.checkpoint(f"compared_mixture_{inputs.config.seed}"))
+        fit_gates(model, inputs.config, inputs.tasks)
     for name, attributes in FORMS.items():
         before = {key: getattr(model, key) for key in attributes}
         for key, value in attributes.items():
