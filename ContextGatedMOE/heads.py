@@ -77,6 +77,9 @@ class JointHead(nn.Module):
         if said is not None:
             routes = settings.evidence is None and self.router.head_routes
             evidence = evidence.and_also(said[0] if routes else None, said[1])
+        if settings.record is not None and not settings.record:  # no block weighs experts, as none has an adapter
+            known = evidence.experts is not None
+            settings.record[self.name] = self.classes.weights(evidence.experts, None, False) if known else evidence.weights
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x, self.expert_weight.to(x.dtype), self.expert_bias.to(x.dtype)).float()
             if settings.head is not None:
