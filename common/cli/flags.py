@@ -86,7 +86,7 @@ class TrainingFlags(HardwareFlags):
     _argument_group_name: ClassVar[str] = "training"
     demo_defaults: ClassVar[dict[str, Any]] = {"accumulation_steps": 1, "augment": True}
     epochs: int | None = option(None, "passes over the training images; by default 25 where there are 2,400 or more, as in the "
-                                      "documented experiment, down to 10 where there are 1,200 or fewer")
+                                      "documented experiment, down to 8 where there are 1,200 or fewer")
     batch_size: int = option(16, "images that are computed at once")
     accumulation_steps: int | None = option(
         None, "batches that make up one optimizer step; by default 4 where there are 2,400 training images or more, 2 from "
@@ -114,7 +114,7 @@ class TrainingFlags(HardwareFlags):
         too few of these, and mirrored and shifted, as an adapter soon knows them by heart.
         """
         share = min(max(count / DOCUMENTED_IMAGES, 0.5), 1.0)
-        follows = {"epochs": round(25 - 30 * (1 - share)), "accumulation_steps": 4 if share == 1 else 2 if share > 0.5 else 1,
+        follows = {"epochs": round(25 - 34 * (1 - share)), "accumulation_steps": 4 if share == 1 else 2 if share > 0.5 else 1,
                    "augment": share < 1}
         return dataclasses.replace(self, **{name: value for name, value in follows.items() if getattr(self, name) is None})
 
