@@ -19,7 +19,7 @@ KEPT = 4096  # training images whose features are kept for training the gates on
 START_SHARE = 1 / 3  # of the blocks: see `choose_start`
 # What a mixture is made of, besides its parts.
 STATE = ("expert_names", "classes", "same", "sizes", "labels", "columns", "statistics", "without_adapter", "chosen_gates",
-         "shrinkage", "refuse_below", "fitted_passes")
+         "shrinkage", "refuse_below", "fitted_passes", "usual_familiarity")
 
 
 def build(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None) -> building.Parts:
@@ -160,6 +160,11 @@ def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitt
         keep_gates(model, worth)
         seen = seen.only(model.gates())
         calibration.fit_numbers(model, seen)
+    with torch.no_grad(), calibration.in_full_precision(seen.logits):
+        known = model.familiarity_of(seen.plain)
+        if known is not None:
+            low, middle, high = known.quantile(known.new_tensor([0.05, 0.5, 0.95])).tolist()
+            model.usual_familiarity = (middle, max(high - low, 1e-6))
     return seen
 
 

@@ -16,8 +16,8 @@ class Prediction:
     """What a mixture says of a batch of images.
 
     logits: (B, outputs), log-probabilities where the mixture knows classes. gates: {layer name: (B, E)}, weights of the
-    experts. familiarity: (B,), between -1 and 1, how near an image is to the nearest class; None where the gates were never
-    fitted.
+    experts. familiarity: (B,), between -1 and 1, how familiar an image is: that of validation images is about 0, the lower
+    the stranger; None where the gates were never fitted.
     """
 
     logits: Tensor

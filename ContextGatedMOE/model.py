@@ -69,6 +69,7 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         self.fitted_passes: int | None = None  # what the statistics are of
         self.chosen_gates = None if gates is None else set(gates)  # None: wherever gates may stand
         self.shrinkage = SHRINKAGE
+        self.usual_familiarity = (0.0, 1.0)  # median and spread of known images, before they are brought to -1 to 1
         self.statistics: dict[str, dict[str, Statistics]] = {}
         self.plain_config = getattr(base_model, "config", None)
         self.trained_before = {name for name, parameter in base_model.named_parameters() if parameter.requires_grad}
@@ -257,11 +258,19 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         asked = {"plain_features" if self.passes == 2 else "features": features}
         with self.evaluating(), self.router.using(record=record, **asked):
             output = self(*args, **kwargs)
-        gates, routing = self.gates(), self.routing_gates()
-        near = [gates[name].familiarity(values) for name, values in features.items()
-                if name in routing and gates[name].knows_classes]
-        familiarity = F.softsign(torch.stack(near).mean(0)) if near else None
+        raw, (usual, spread) = self.familiarity_of(features), self.usual_familiarity
+        familiarity = None if raw is None else F.softsign((raw - usual) / spread)
         return Prediction(output if isinstance(output, Tensor) else output.logits, record, familiarity)
+
+    def familiarity_of(self, features: Mapping[str, Tensor]) -> Tensor | None:
+        """How familiar images are (B,) to the gates that tell of the experts, from what these see, {gate name: (B, K)}; before it
+        is compared with what is usual. None where no gate was fitted."""
+        gates = {name: gate for name, gate in self.gates().items() if name in self.routing_gates() and gate.knows_classes}
+        if not gates:
+            return None
+        counts = torch.stack([gate.coefficient for gate in gates.values()]) + 1e-6
+        near = torch.stack([gate.familiarity(features[name]) for name, gate in gates.items()])  # (gates, B)
+        return (counts / counts.sum()) @ near
 
     # ---- gates ----
 

@@ -45,6 +45,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "gates": list,
     "shrinkage": float,
     "without_adapter": list,
+    "usual_familiarity": list,
     "heads": list,
     "weights_sha256": str,
     "statistics_sha256": (str, type(None)),
@@ -100,6 +101,7 @@ class Saving:
             "gates": list(self.gates()),
             "shrinkage": self.shrinkage,
             "without_adapter": self.without_adapter,
+            "usual_familiarity": list(self.usual_familiarity),
             "weights_sha256": _file_digest(folder / f"{WEIGHTS_FILE}.part"),
             "statistics_sha256": _file_digest(folder / f"{STATISTICS_FILE}.part") if sums else None,
         }
@@ -158,7 +160,7 @@ class Saving:
                 passes=config["passes"], gates=config["gates"],
             )
             model.router.start, model.fitted_passes = config["start"], config["fitted_passes"]
-            model.shrinkage = config["shrinkage"]
+            model.shrinkage, model.usual_familiarity = config["shrinkage"], tuple(config["usual_familiarity"])
             _load_parts(model, tensors)
             model.statistics = _cut_statistics(sums)
         except (MixtureError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
