@@ -44,8 +44,8 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
             statistics: Mapping[str, dict[str, Statistics]], images: Mapping[str, fitting.Batches]) -> None:
     """Other experts in a mixture, with gates from the statistics of all, or, where these are unknown, as they were.
 
-    images: of new experts. What was unfamiliar to the old experts may not be to these, so nothing is refused until that is fitted
-    anew. On an error everything is as it was before, down to the tensors themselves.
+    images: of new experts. What was unfamiliar to the old experts may not be to these, so nothing is refused until that is
+    fitted anew. On an error everything is as it was before, down to the tensors themselves.
     """
     state, start = {name: getattr(model, name) for name in STATE}, model.router.start
     config = getattr(model.base_model, "config", None)
@@ -133,9 +133,10 @@ def choose_start(model: nn.Module) -> int:
     """
     if set(model.without_adapter) == set(model.expert_names):
         return model.router.blocks
-    places = [unit.place for unit, gate in building.units_of(model.base_model).items() if gate is not None and unit.place is not None]
+    gated = [unit for unit, gate in building.units_of(model.base_model).items() if gate is not None]
     if model.joint_head is None or model.passes == 2:
         return 0
+    places = [unit.place for unit in gated if unit.place is not None]
     return max([place for place in places if place <= START_SHARE * model.router.blocks], default=0)
 
 
@@ -146,12 +147,11 @@ def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitt
     """
     seen = fitting.see(model, validation)
     losses = {}
-    for shrinkage in calibration.SHRINKAGES:
-        model.shrinkage = shrinkage
-        solve(model)
-        losses[shrinkage] = calibration.fit_numbers(model, seen)
+    for model.shrinkage in calibration.SHRINKAGES:
+        solve(model, within=False)
+        losses[model.shrinkage] = calibration.fit_numbers(model, seen)
     model.shrinkage = min(losses, key=losses.get)
-    solve(model)
+    solve(model, within=False)
     calibration.fit_numbers(model, seen)
     seen = fitting.see(model, validation)
     calibration.fit_numbers(model, seen)
@@ -188,16 +188,16 @@ def gather(model: nn.Module, images: Mapping[str, fitting.Batches],
     return statistics, seen
 
 
-def solve(model: nn.Module) -> None:
-    """Set the gates to the linear discriminants that follow from the statistics, wherever these are known of all experts."""
+def solve(model: nn.Module, within: bool = True) -> None:
+    """Set the gates to the discriminants that follow from the statistics, wherever these are known of all experts: of all
+    experts' classes and, `within` each expert, of its own."""
     routing = model.routing_gates()
     for name, gate in model.gates().items():
         own = [model.statistics.get(expert, {}).get(name) for expert in model.expert_names]
         plain = [model.statistics.get(expert, {}).get(f"{PLAIN}{name}") for expert in model.expert_names]
-        if not own or not all(own):
-            continue
-        common = discriminant(plain if all(plain) else own, model.shrinkage) if name in routing else None
-        gate.set_discriminant(common, own_discriminants(own) if model.joint_head is not None else None)
+        if own and all(own):
+            common = discriminant(plain if all(plain) else own, model.shrinkage) if name in routing else None
+            gate.set_discriminant(common, own_discriminants(own) if within and model.joint_head is not None else None)
 
 
 def places_of(model: nn.Module) -> list[tuple[str, int]]:

@@ -14,12 +14,13 @@ from ContextGatedMOE.statistics import Statistics
 
 ADDED_AT_ONCE = 1024  # images, as adding up sums takes as long as making them of many images
 
-PLAIN = "plain:"  # before the name of a gate: statistics of what it sees in the plain model, where those of its own are apart
+PLAIN = "plain:"  # before the name of a gate: statistics of what it sees in the plain model, where these are apart
 
 Batches = Iterable[Any]  # batches of one expert: (inputs, labels), or a mapping of the model's arguments with "labels" in it
 
 
-def batches(images: Batches, model: nn.Module, name: str = "", classes: int | None = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
+def batches(images: Batches, model: nn.Module, name: str = "",
+            classes: int | None = None) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """The batches of an expert as arguments of the model, on its device, and labels (B,), on the CPU.
 
     Labels are positions in the expert's classes. A pair whose first part is a tensor means the model's main input, such as
@@ -40,7 +41,9 @@ def batches(images: Batches, model: nn.Module, name: str = "", classes: int | No
         device = model.device
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         size = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
-        labels = torch.zeros(size, dtype=torch.long) if labels is None or classes == 1 else torch.as_tensor(labels).detach().cpu()
+        if labels is None or classes == 1:
+            labels = torch.zeros(size, dtype=torch.long)
+        labels = torch.as_tensor(labels).detach().cpu()
         if classes is not None:
             check_labels(labels, size, name, classes)
         yield inputs, labels.long()
@@ -49,8 +52,8 @@ def batches(images: Batches, model: nn.Module, name: str = "", classes: int | No
 def check_labels(labels: Tensor, size: int, name: str, classes: int) -> None:
     """Raise MixtureError unless labels are one whole number for each of `size` images, from 0 to below `classes`."""
     if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
-        raise MixtureError(f"expert '{name}' needs labels of shape ({size},), one class number for each image, not {labels.dtype} "
-                           f"of shape {tuple(labels.shape)}")
+        raise MixtureError(f"expert '{name}' needs labels of shape ({size},), one class number for each image, not "
+                           f"{labels.dtype} of shape {tuple(labels.shape)}")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise MixtureError(f"expert '{name}' has {classes} classes, but an image is labelled {int(wrong[0])}")
@@ -126,8 +129,8 @@ def check_finite(features: Mapping[str, Tensor], name: str) -> None:
     """Raise MixtureError, naming the expert, if what gates see of its images is not finite."""
     for gate, values in features.items():
         if not torch.isfinite(values).all():
-            raise MixtureError(f"an image of expert '{name}' gives values at '{gate}' that are infinite or no numbers; look at its "
-                               "pixels, or load the base in bf16 or fp32 if it is in fp16")
+            raise MixtureError(f"an image of expert '{name}' gives values at '{gate}' that are infinite or no numbers; look at "
+                               "its pixels, or load the base in bf16 or fp32 if it is in fp16")
 
 
 def _add(found: dict[str, Statistics], waiting: list[tuple[Tensor, dict[str, Tensor]]], classes: int) -> None:
@@ -213,7 +216,8 @@ class Seen:
 
 @torch.no_grad()
 def see(model: nn.Module, images: Mapping[str, Drawn]) -> Seen:
-    """One pass of the mixture over images by expert. Raises MixtureError if an expert has none, or one gives no finite numbers."""
+    """One pass of the mixture over images by expert. Raises MixtureError if an expert has none, or one gives no finite
+    numbers."""
     parts: dict[str, list[Part]] = {name: [] for name in images}
     for name, own in images.items():
         for inputs, labels in own:

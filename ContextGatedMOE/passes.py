@@ -19,10 +19,12 @@ class Settings:
 
     fixed: (E,) weights in place of the gates', or None. plain: the experts are left out, the base model is as it was.
     body: (E,) weights inside the units while the gates' evidence goes on to the head, or None. evidence: what an earlier pass
-    over the same inputs has found, by which the experts are weighed; gates then speak of classes only. Or None. from_start: fixed weights
-    count from the block on where the experts begin, as in passes that ask the gates.
-    record: filled with {layer name: (B, E)} unless None. features: filled with {gate name: (B, K)}, what the gates see, unless
-    None; plain_features: the same of the first of two passes. head: filled with "logits", (B, C) of the experts' own heads, and "evidence", all that the gates have said, unless None.
+    over the same inputs has found, by which the experts are weighed, while gates speak of classes only; or None. from_start:
+    fixed weights count from the block on where the experts begin, as in passes that ask the gates.
+
+    The others are filled by the passes unless None. record: {layer name: (B, E)}, the experts' weights. features: {gate name:
+    (B, K)}, what the gates see, and plain_features: the same of the first of two passes. head: "logits", (B, C) of the experts'
+    own heads, and "evidence", all that the gates have said.
     """
 
     fixed: Tensor | None = None

@@ -9,6 +9,7 @@ SHRINKAGE = 0.1  # of the correlations towards none, where no validation images 
 OWN_SHRINKAGE = 0.2  # the same, within one expert
 DRAWN_TO_COMMON = 200.0  # images as which the common covariance counts beside those of one expert
 ENOUGH_FREEDOM = 100.0  # images beyond the number of classes at which an expert counts half as much as with endless ones
+RIDGE = 1e-3  # added to the correlations' diagonal
 TOO_FLAT = 1e-6  # a feature whose deviation is below this share of the largest tells nothing
 
 
@@ -113,19 +114,23 @@ class _Whitening:
 
     def __init__(self, covariance: Tensor, shrinkage: float):
         deviation = covariance.diagonal().sqrt()
-        self.scale = torch.where(deviation <= TOO_FLAT * deviation.max(), torch.inf, deviation)
-        correlation = covariance / self.scale[:, None] / self.scale
-        shrunk = (1 - shrinkage) * correlation
-        shrunk.diagonal().fill_(1 + 1e-3)
-        self.root = torch.linalg.cholesky(shrunk)
-        self.noise = torch.cholesky_solve(correlation, self.root).trace()  # the expected square of an image's distance
+        flat = deviation <= TOO_FLAT * deviation.max()
+        self.scale = torch.where(flat, torch.inf, deviation)
+        correlation = (1 - shrinkage) * covariance / self.scale[:, None] / self.scale
+        correlation.diagonal().fill_(1 + RIDGE)
+        root = torch.linalg.cholesky(correlation)
+        self.inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=False)
+        # The expected square of an image's distance from its class, the trace of the correlations by what is inverted here.
+        kept = ~flat
+        spread = self.inverse[:, kept].square().sum()
+        self.noise = (kept.sum() - (shrinkage + RIDGE) * spread) / (1 - shrinkage)
 
     def __call__(self, features: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self.root, (features / self.scale).T, upper=False).T
+        return (features / self.scale) @ self.inverse.T
 
     def axes(self, directions: Tensor) -> Tensor:
         """Directions (R, K) there as weights (R, K) of features."""
-        return torch.linalg.solve_triangular(self.root.T, directions.T, upper=True).T / self.scale
+        return directions @ self.inverse / self.scale
 
 
 def _discriminant(experts: list[Statistics], whiten: _Whitening) -> Discriminant:

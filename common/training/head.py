@@ -1,4 +1,4 @@
-"""Fitting a head to features to the end: a convex problem, solved for falling penalties, among which validation images choose."""
+"""Fitting a head to features to the end: a convex problem, solved for falling penalties; validation images choose one."""
 
 import math
 import time
