@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -277,45 +277,3 @@ def set_config(base_model: nn.Module, config: Any, called: Sequence[str] = (), w
     base_model.config = config
     if hasattr(base_model, "num_labels") and not isinstance(getattr(type(base_model), "num_labels", None), property):
         base_model.num_labels = config.num_labels
-
-
-def output_columns(names: Sequence[str], classes: Mapping[str, Sequence[str]],
-                   same: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[tuple[str, str]], list[str], list[int]]:
-    """Labels of the outputs as (expert, class), what they are called, and for each class of each expert the output it adds to.
-
-    same: groups of (expert, class) that are one class; their output stands where the first of them does. Raises MixtureError
-    if a class is not there, or in two groups.
-    """
-    group_of: dict[tuple[str, str], int] = {}
-    for number, group in enumerate(same):
-        for entry in group:
-            expert, name = entry
-            if name not in classes.get(expert, ()):
-                raise MixtureError(f"same=...: expert {expert!r} has no class {name!r}")
-            if group_of.setdefault((expert, name), number) != number:
-                raise MixtureError(f"same=...: class {name!r} of expert {expert!r} is in two groups")
-    labels: list[tuple[str, str]] = []
-    called: list[str] = []
-    columns: list[int] = []
-    column_of: dict[int, int] = {}
-    for expert in names:
-        for name in classes[expert]:
-            group = group_of.get((expert, name))
-            if group is not None and group in column_of:
-                columns.append(column_of[group])
-                continue
-            if group is not None:
-                column_of[group] = len(labels)
-            sharing = (
-                [expert]
-                if group is None
-                else [
-                    other
-                    for other in names
-                    if any((other, c) in group_of and group_of[other, c] == group for c in classes[other])
-                ]
-            )
-            columns.append(len(labels))
-            labels.append((expert, name))
-            called.append(f"{' / '.join(sharing)}: {name}")
-    return labels, called, columns

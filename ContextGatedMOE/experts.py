@@ -1,16 +1,19 @@
 """The set of experts in a mixture: put together, changed as a whole or not at all, and cut apart again."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ContextGatedMOE import building, calibration, fitting
-from ContextGatedMOE.adapters import Expert, MixtureError
+from ContextGatedMOE.adapters import Expert, MixtureError, check_together
 from ContextGatedMOE.fitting import PLAIN
 from ContextGatedMOE.heads import HEAD_NUMBERS
+from ContextGatedMOE.labels import class_names, output_columns
 from ContextGatedMOE.layers import MixtureLinear
+from ContextGatedMOE.reading import read_expert
 from ContextGatedMOE.statistics import Statistics, discriminant, own_discriminants
 from ContextGatedMOE.training import refine
 
@@ -29,7 +32,7 @@ def build(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None) -
     classes = {name: list(classes[name]) for name in names} if classes else None
     sizes = [len(classes[name]) if classes else 1 for name in names]
     without_adapter = [expert.name for expert in chosen if not expert.updates and not expert.heads]
-    labels, called, columns = building.output_columns(names, classes, model.same) if classes else ([], [], None)
+    labels, called, columns = output_columns(names, classes, model.same) if classes else ([], [], None)
     parts = building.make(model.base_model, chosen, sizes, columns, model.gate_hidden, model.router, model.chosen_gates)
     building.install(model.base_model, parts)
     model.router.blocks = sum(unit.place is not None for unit in parts.units)
@@ -69,6 +72,38 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
             setattr(model, name, value)
         model.router.start = start
         raise
+
+
+def add(model: nn.Module, name: str, adapter: str | Path | Expert | None, classes: Sequence[str] | None,
+        images: fitting.Batches | None) -> None:
+    """See `ContextGatedMOE.add_expert`."""
+    attached = adapter is not None and name in model.without_adapter
+    if name in model.expert_names and not attached:
+        raise MixtureError(f"there is an expert called {name!r} already")
+    if attached and classes is None:
+        classes = model.classes[name]
+    if model.expert_names and (classes is None) != (model.classes is None):
+        raise MixtureError(f"expert {name!r} needs classes=[...], as the other experts have" if classes is None else
+                           f"expert {name!r} has classes, which the other experts have not")
+    if images is None and model.statistics:
+        raise MixtureError(f"expert {name!r} needs images=...: without any of its own the gates cannot find it")
+    new = (Expert(name) if adapter is None else replace(adapter, name=name) if isinstance(adapter, Expert) else
+           read_expert(model.base_model, name, adapter))
+    every = None if classes is None else {**(model.classes or {}), name: class_names(name, classes)}
+    chosen = [*(expert for expert in experts_of(model) if expert.name != name), new]
+    check_together(chosen, model.base_model, every)
+    rebuild(model, chosen, every, model.same, {key: value for key, value in model.statistics.items() if key != name},
+            {name: images} if images is not None else {})
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """See `ContextGatedMOE.remove_expert`."""
+    if name not in model.expert_names:
+        raise MixtureError(f"no expert is called {name!r}; there are {', '.join(model.expert_names) or 'none'}")
+    classes = None if model.classes is None else {key: value for key, value in model.classes.items() if key != name}
+    kept = [[entry for entry in group if entry[0] != name] for group in model.same]
+    rebuild(model, [expert for expert in experts_of(model) if expert.name != name], classes or None,
+            [group for group in kept if len(group) > 1], {key: value for key, value in model.statistics.items() if key != name}, {})
 
 
 def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches], epochs: int,

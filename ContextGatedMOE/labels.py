@@ -46,3 +46,45 @@ def check_order(expert: str, stated: Sequence[str] | None, classes: Sequence[str
     if stated is not None and sorted(stated) == sorted(classes) and list(stated) != list(classes):
         raise MixtureError(f"expert {expert!r} states its classes in another order than classes=...; pass them in the order of "
                            f"its id2label: {', '.join(stated)}")
+
+
+def output_columns(names: Sequence[str], classes: Mapping[str, Sequence[str]],
+                   same: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[tuple[str, str]], list[str], list[int]]:
+    """Labels of the outputs as (expert, class), what they are called, and for each class of each expert the output it adds to.
+
+    same: groups of (expert, class) that are one class; their output stands where the first of them does. Raises MixtureError
+    if a class is not there, or in two groups.
+    """
+    group_of: dict[tuple[str, str], int] = {}
+    for number, group in enumerate(same):
+        for entry in group:
+            expert, name = entry
+            if name not in classes.get(expert, ()):
+                raise MixtureError(f"same=...: expert {expert!r} has no class {name!r}")
+            if group_of.setdefault((expert, name), number) != number:
+                raise MixtureError(f"same=...: class {name!r} of expert {expert!r} is in two groups")
+    labels: list[tuple[str, str]] = []
+    called: list[str] = []
+    columns: list[int] = []
+    column_of: dict[int, int] = {}
+    for expert in names:
+        for name in classes[expert]:
+            group = group_of.get((expert, name))
+            if group is not None and group in column_of:
+                columns.append(column_of[group])
+                continue
+            if group is not None:
+                column_of[group] = len(labels)
+            sharing = (
+                [expert]
+                if group is None
+                else [
+                    other
+                    for other in names
+                    if any((other, c) in group_of and group_of[other, c] == group for c in classes[other])
+                ]
+            )
+            columns.append(len(labels))
+            labels.append((expert, name))
+            called.append(f"{' / '.join(sharing)}: {name}")
+    return labels, called, columns

@@ -17,8 +17,8 @@ from ContextGatedMOE.exporting import Exporting
 from ContextGatedMOE.forward import Forward, Prediction
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
-from ContextGatedMOE.labels import class_lists, class_names
-from ContextGatedMOE.reading import read_expert, read_experts
+from ContextGatedMOE.labels import class_lists
+from ContextGatedMOE.reading import read_experts
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving
 from ContextGatedMOE.statistics import SHRINKAGE, Statistics
@@ -311,36 +311,14 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         has added to them is lost; else the other experts' gates stay as they are. Raises MixtureError and leaves the mixture as
         it was if the name is taken, the adapter cannot be mixed, or there are no images.
         """
-        attached = adapter is not None and name in self.without_adapter
-        if name in self.expert_names and not attached:
-            raise MixtureError(f"there is an expert called {name!r} already")
-        if attached and classes is None:
-            classes = self.classes[name]
-        if self.expert_names and (classes is None) != (self.classes is None):
-            raise MixtureError(f"expert {name!r} needs classes=[...], as the other experts have" if classes is None else
-                               f"expert {name!r} has classes, which the other experts have not")
-        if images is None and self.statistics:
-            raise MixtureError(f"expert {name!r} needs images=...: without any of its own the gates cannot find it")
-        new = (Expert(name) if adapter is None else replace(adapter, name=name) if isinstance(adapter, Expert) else
-               read_expert(self.base_model, name, adapter))
-        every = None if classes is None else {**(self.classes or {}), name: class_names(name, classes)}
-        chosen = [*(expert for expert in experts.experts_of(self) if expert.name != name), new]
-        check_together(chosen, self.base_model, every)
-        experts.rebuild(self, chosen, every, self.same, {key: value for key, value in self.statistics.items() if key != name},
-                        {name: images} if images is not None else {})
+        experts.add(self, name, adapter, classes, images)
 
     def remove_expert(self, name: str) -> None:
         """Remove an expert; the gates of the others follow from their statistics, or stay as they are where these are unknown.
 
         Raises MixtureError, and leaves the mixture as it was, if there is no such expert.
         """
-        if name not in self.expert_names:
-            raise MixtureError(f"no expert is called {name!r}; there are {', '.join(self.expert_names) or 'none'}")
-        classes = None if self.classes is None else {key: value for key, value in self.classes.items() if key != name}
-        kept = [[entry for entry in group if entry[0] != name] for group in self.same]
-        experts.rebuild(self, [expert for expert in experts.experts_of(self) if expert.name != name], classes or None,
-                        [group for group in kept if len(group) > 1],
-                        {key: value for key, value in self.statistics.items() if key != name}, {})
+        experts.remove(self, name)
 
     def unload(self) -> nn.Module:
         """The base model as it was; the mixture is of no use afterwards."""
