@@ -18,8 +18,8 @@ pytest_plugins = ["warm_process"]
 
 TASKS = {"fire": "Fire_Risk", "game": "Game", "third": "third"}
 JOINT = "joint LoRA of the total rank"
-SEEDED = [*FORMS, *(method.name for method in METHODS if method.seeded)]
-ONCE = [method.name for method in METHODS if not method.seeded]
+SEEDED = [method.name for method in METHODS if method.seeded]
+ONCE = [*FORMS, *(method.name for method in METHODS if not method.seeded)]  # the mixture is the same for every seed
 TABLE = "CGM_Lora/CGM_Lora_Comparison.csv"
 
 
@@ -72,7 +72,7 @@ def test_parameters_are_those_that_are_needed(compared):
 
 def test_a_comparison_goes_on_after_the_trainings_that_are_done(three):
     place, printed = three
-    # Two joint LoRAs of each seed; the gates of the mixture are fitted again, which takes no time.
+    # Two joint LoRAs of each seed.
     assert printed.count("trained already") == 4 and ": loss " not in printed
     assert not (place.results / "CGM_Lora" / "Checkpoints").exists()
     with Image.open(place.results / "CGM_Lora" / "CGM_Lora_Comparison.png") as image:
@@ -122,7 +122,7 @@ def test_what_a_comparison_lacks_is_said_in_one_line_before_the_work(compared, t
 def test_two_processes_with_uneven_batches_compare_as_one(warm_process, compared, tmp_path):
     """Batches of 3: one process has 12 of the 24 images, in other batches, and of each task's 8 images 5 or 3.
 
-    Without training the mixture is its start, which is compared once.
+    Without training the mixture is its start.
     """
     place = compared.copy(tmp_path / "root")
     shutil.rmtree(place.results / "CGM_Lora")

@@ -331,7 +331,7 @@ def test_the_joint_lora_has_the_total_rank_the_base_models_heads_and_the_better_
 def test_a_mixture_is_asked_in_every_form_and_is_then_as_it_was(inputs, monkeypatch):
     seen = []
     monkeypatch.setattr(ours, "answers", lambda _, model: seen.append(model.top_k) or Scores(None, 1.0, 0, 0))
-    assert [name for name, _ in ours.mixture(inputs, first=True)] == ["mixture", "mixture, top 1"]
+    assert [name for name, _ in ours.mixture(inputs)] == ["mixture", "mixture, top 1"]
     assert seen == [None, 1] and inputs.mixture.top_k is None
 
 
