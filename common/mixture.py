@@ -70,10 +70,13 @@ def fit_gates(model: ContextGatedMOE, config: MixtureConfig, tasks: list[TaskDat
     """
     started = time.perf_counter()
     model.to(device_of(config))
-    rows = [] if config.add_expert else with_smaller_batches(EVALUATION_BATCH, lambda size: model.fit_gates(
-        {data.task.key: Batches(data.train, size) for data in tasks},
-        {data.task.key: Batches(data.validation, size) for data in tasks},
-        epochs=config.epochs, learning_rate=config.learning_rate))
+    try:
+        rows = [] if config.add_expert else with_smaller_batches(EVALUATION_BATCH, lambda size: model.fit_gates(
+            {data.task.key: Batches(data.train, size) for data in tasks},
+            {data.task.key: Batches(data.validation, size) for data in tasks},
+            epochs=config.epochs, learning_rate=config.learning_rate))
+    except MixtureError as error:
+        raise UserError(f"{error} (--learning_rate is {config.learning_rate})") from error
     history = pd.DataFrame(rows or [_as_it_is(model, config, tasks)])
     history["chosen"] = (history.index == history["validation_loss"].idxmin()).astype(int)
     if config.refuse:

@@ -76,8 +76,12 @@ def open_mixture(folder: Path, config: PredictConfig) -> "ContextGatedMOE":
     from ContextGatedMOE.saving import read_config
 
     try:
-        name = config.model or read_config(folder)["base_model"]
-        return ContextGatedMOE.from_pretrained(folder, load_backbone(name, ["any"], config.seed))
+        stored = read_config(folder)
+        name, commit = (config.model, None) if config.model else (stored["base_model"], stored["base_commit"])
+        if not name or not config.model and commit is None and not Path(name).is_dir():  # not to be asked for on the Hub
+            raise UserError(f"{folder} was made on the backbone {name or 'without a name'}, which is not there; give --model")
+        model = load_backbone(name, ["any"], config.seed, commit or "main")
+        return ContextGatedMOE.from_pretrained(folder, model)
     except MixtureError as error:
         raise UserError(f"{error}; run {command('CGM_Lora', config)} --overwrite") from error
 

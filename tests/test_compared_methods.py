@@ -10,9 +10,9 @@ import torch
 from mixture_models import assert_close, logits, randomise_gates
 from sklearn.linear_model import Ridge
 
-from common import models
+from common import mixture, models
 from common.comparison import inputs as inputs_module
-from common.comparison import joint, linear, mass, merges, method_comparison, mixture, ours, ranpac, routers
+from common.comparison import joint, linear, mass, merges, method_comparison, ours, ranpac, routers
 from common.comparison.features import HEAD_INPUT, Features
 from common.comparison.inputs import Inputs, Logits, mixed_test
 from common.comparison.method_comparison import Method, MethodComparison
@@ -331,13 +331,12 @@ def test_the_joint_lora_has_the_total_rank_the_base_models_heads_and_the_better_
 def test_a_mixture_is_asked_in_every_form_and_is_then_as_it_was(inputs, monkeypatch):
     seen = []
     monkeypatch.setattr(ours, "answers", lambda _, model: seen.append(model.top_k) or Scores(None, 1.0, 0, 0))
-    assert [name for name, _ in ours.mixture(inputs, first=True)] == ["mixture", "mixture, top 1"]
+    assert [name for name, _ in ours.mixture(inputs)] == ["mixture", "mixture, top 1"]
     assert seen == [None, 1] and inputs.mixture.top_k is None
 
 
 def test_few_experts_are_all_used_and_of_many_one_unless_it_is_said(config, tasks):
     assert mixture.build(config, tasks).top_k is None
-    model = mixture.build(replace(config, top_k=1), tasks)
-    assert (model.top_k, model.early_top_k) == (1, 3)
+    assert mixture.build(replace(config, top_k=1), tasks).top_k == 1
     assert [mixture.experts_at_once(config, number) for number in (16, 17)] == [None, 1]
     assert mixture.experts_at_once(replace(config, top_k=3), 99) == 3

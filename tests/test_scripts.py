@@ -42,8 +42,9 @@ MODELS = {  # folder -> its files, beside those that all have
 LINEARS = [f"beit.layers.{block}.{linear}" for block in range(2) for linear in (
     "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")]
 LEARNED = (  # how the names of a mixture's trainable tensors end
-    "context_gate.score.weight", "context_gate.score.bias", "context_gate.coefficient", "router_scale", "expert_scale",
-    "class_share")
+    *(f"context_gate.{name}" for name in (
+        "score.weight", "score.bias", "class_score.weight", "class_score.bias", "coefficient", "class_coefficient")),
+    "expert_scale", "expert_prior")
 # A setting of every script that makes other results.
 OTHER_SETTING = {
     "CGM_Lora": ["--gate_hidden", "2"], "Lora_Finetune": ["--lora_rank", "2"], "Finetune": ["--layer_decay", "0.5"],
@@ -168,7 +169,9 @@ def test_a_history_has_a_row_per_epoch_and_the_chosen_one_has_the_lowest_validat
     for name in HISTORIES:
         history = pd.read_csv(workspace.results / f"{name}_History.csv")
         assert list(history) == [
-            "epoch", "training_loss", "validation_loss", "training_accuracy", "validation_accuracy", "chosen"]
+            "epoch", "training_loss", "validation_loss", "training_accuracy", "validation_accuracy",
+            *(["penalty"] if "Base_Models" in name else []), "chosen"]
+        assert history.notna().all(axis=None)
         assert list(history["epoch"]) == ([0, 1, 2] if "CGM" in name else [1, 2])  # 0: the start of the gates
         assert history["chosen"].sum() == 1 and history["chosen"].idxmax() == history["validation_loss"].idxmin()
 
@@ -212,9 +215,12 @@ def test_the_mixture_holds_gates_and_the_experts_as_they_were_trained_and_nothin
             start = load_file(workspace.results / "Base_Models" / f"{key}_base/model.safetensors")
             assert not torch.equal(head, start[f"classifier.{part}"])
     assert experts == [{}, {}] and all(torch.equal(stacked.pop(name), tensor) for name, tensor in expected.items())
-    assert set(stacked) == {f"classifier.{name}" for name in ("router_scale", "expert_scale", "class_share")} | {
-        f"beit.layers.{block}.context_gate.{name}" for block in range(2)
-        for name in ("score.weight", "score.bias", "coefficient", "axes", "origin", "centres")}
+    gates = {name.partition(".context_gate.")[0] for name in stacked if ".context_gate." in name}
+    assert gates and gates <= {"beit.layers.0", "beit.layers.1"}  # those that pay
+    assert set(stacked) == {"classifier.expert_scale", "classifier.expert_prior"} | {
+        f"{gate}.context_gate.{name}" for gate in gates
+        for name in ("score.weight", "score.bias", "class_score.weight", "class_score.bias", "coefficient", "class_coefficient",
+                     "hidden_weight", "hidden_bias", "bucket", "sign", "axes", "origin", "centres", "precision")}
 
 
 def test_a_finished_script_does_nothing_but_say_so_and_show_its_scores(workspace, capsys, monkeypatch):

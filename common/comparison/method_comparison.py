@@ -62,9 +62,8 @@ class MethodComparison:
     def run(self) -> pd.DataFrame:
         """Ask every method, with every seed where that makes a difference; see `Comparison.table`."""
         joint.base_heads(self.inputs.config, self.inputs.tasks)  # what is missing is to be known before the work
-        for number, settings in enumerate(self.seeds[: 1 if self.inputs.config.epochs == 0 else None]):
-            for name, scores in ours.mixture(self.inputs.seeded(settings), first=number == 0):
-                self.comparison.put(name, OURS, scores)
+        for name, scores in ours.mixture(self.inputs):
+            self.comparison.put(name, OURS, scores)
         for method in METHODS:
             for settings in self.seeds if method.seeded else self.seeds[:1]:
                 self.comparison.put(method.name, method.group, method.answer(self.inputs.seeded(settings)))

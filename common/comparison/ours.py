@@ -7,7 +7,6 @@ from torch import Tensor
 
 from common import models
 from common.comparison.inputs import Inputs
-from common.mixture import build, fit_gates
 from common.comparison.score import MIXTURE, Scores
 from common.comparison.timing import collect
 from common.training.evaluate import logits_of
@@ -16,12 +15,9 @@ from ContextGatedMOE import ContextGatedMOE
 FORMS: dict[str, dict[str, Any]] = {MIXTURE: {}, f"{MIXTURE}, top 1": {"top_k": 1}}  # how a form sets the mixture's attributes
 
 
-def mixture(inputs: Inputs, first: bool) -> Iterator[tuple[str, Scores]]:
-    """The finished mixture or, if not the first, one fitted with the seed of these inputs, in all its forms."""
+def mixture(inputs: Inputs) -> Iterator[tuple[str, Scores]]:
+    """The finished mixture in all its forms. No seed makes a difference to its gates."""
     model = inputs.mixture
-    if not first:
-        model = build(inputs.config, inputs.tasks)
-        fit_gates(model, inputs.config, inputs.tasks)
     for name, attributes in FORMS.items():
         before = {key: getattr(model, key) for key in attributes}
         for key, value in attributes.items():

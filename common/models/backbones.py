@@ -23,15 +23,15 @@ def load_processor(name: str) -> BaseImageProcessor:
         raise UserError(_cannot_load(name, error)) from error
 
 
-def load_backbone(name: str, classes: list[str], seed: int) -> PreTrainedModel:
+def load_backbone(name: str, classes: list[str], seed: int, revision: str = "main") -> PreTrainedModel:
     """A pretrained image classifier with a new, seeded head for `classes`, `model.classifier`.
 
     Every weight but the head's must come from the checkpoint, whose older names of weights transformers translates; what it
     holds beside the model, such as a text model or another head, is left out. Raises UserError if there is no such model, a
-    weight is missing, or its blocks are not made of linear layers.
+    weight is missing, or its blocks are not made of linear layers. revision: of a model on the Hub.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
         config.num_labels = len(classes)  # before the names: some keep it beside them
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: index for index, label in config.id2label.items()}
@@ -39,7 +39,7 @@ def load_backbone(name: str, classes: list[str], seed: int) -> PreTrainedModel:
         attention = register_attention() if architecture._supports_sdpa else "eager"  # SwinV2 has its own
         model, info = architecture.from_pretrained(
             name, config=config, dtype=torch.float32, attn_implementation=attention, ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            output_loading_info=True, revision=revision,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HTTPError) as error:
         raise UserError(_cannot_load(name, error)) from error

@@ -28,7 +28,7 @@ from common.results.metrics import (
     told_scores,
 )
 from common.results.report import PAGE, write_report
-from common.results.reuse import DATA, completed, difference, joined, without
+from common.results.reuse import DATA, completed, difference, joined, recipes, without
 from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
@@ -102,6 +102,7 @@ class Results:
     def _finished_tasks(self, tasks: list[TaskData], starts: dict[str, dict[str, str | None]], one_model: bool) -> set[str]:
         """Keys of the tasks whose results are there; in the main process, the others have an empty set."""
         self._memory.restart()
+        starts = recipes(self.config, tasks) | starts
         self._tasks, self._kinds = tasks, [DATA, *starts]
         self.made_from = self._record = self._made_from(tasks, starts)
         return self._compare(one_model) or set()

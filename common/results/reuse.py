@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from common.cli.flags import FOLLOWING, RunFlags, TrainingFlags
+from common.data.tensors import TaskData
 from common.errors import UserError
 from common.provenance import changes
 
@@ -43,3 +45,12 @@ def completed(there: dict[str, Any], kinds: list[str], where: str, fix: str) -> 
         if not isinstance(record.get(kind), dict):
             raise UserError(f"{where} does not tell {kind!r}; {fix}")
     return record
+
+
+def recipes(config: RunFlags, tasks: list[TaskData]) -> dict[str, dict[str, dict[str, Any]]]:
+    """How each task's model is trained, as far as that may follow from the number of its images: the kind "recipe", or nothing
+    for a script that trains none."""
+    if not isinstance(config, TrainingFlags):
+        return {}
+    resolved = {data.task.key: config.for_images(len(data.train)) for data in tasks}
+    return {"recipe": {key: {name: getattr(chosen, name) for name in FOLLOWING} for key, chosen in resolved.items()}}

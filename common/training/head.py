@@ -39,10 +39,9 @@ def fit_head(head: nn.Linear, train: ImageSet, validation: ImageSet, config: Tra
         _minimise(features["training"], labels["training"], weight, bias, penalty)
         row: dict[str, float] = {"epoch": epoch}
         with torch.no_grad():
-            for split, values in features.items():
-                logits = F.linear(values, weight, bias)
-                row[f"{split}_loss"] = F.cross_entropy(logits, labels[split]).item()
-                row[f"{split}_accuracy"] = (logits.argmax(1) == labels[split]).float().mean().item()
+            logits = {split: F.linear(values, weight, bias) for split, values in features.items()}
+            row |= {f"{split}_loss": F.cross_entropy(said, labels[split]).item() for split, said in logits.items()}
+            row |= {f"{split}_accuracy": (said.argmax(1) == labels[split]).float().mean().item() for split, said in logits.items()}
             if row["validation_loss"] < lowest:
                 lowest = row["validation_loss"]
                 head.to(device).weight.copy_(weight / scale)
