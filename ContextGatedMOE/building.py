@@ -85,6 +85,8 @@ def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: lis
 
 def with_new_gates(model: nn.Module, parts: Parts, sizes: list[int], hidden: int, chosen: set[str] | None) -> Parts:
     """The same layers for a plain model with new gates, at the chosen places, or, if None, wherever they may stand."""
+    if not sizes:  # without experts there is nothing to weigh
+        return Parts(parts.layers, {}, parts.router)
     heads = [name for name, layer in parts.layers.items() if not isinstance(layer, MixtureLinear)]
     units: dict[Unit, Gate | None] = {}
     for unit, may_have_gate in find_units(model, [name for name in parts.layers if name not in heads], heads):

@@ -42,7 +42,7 @@ def fit_numbers(model: nn.Module, seen: Seen) -> float:
     free = start.expm1().log().requires_grad_()  # the inverse of softplus
     own_scale, prior = (torch.zeros(len(model.sizes), requires_grad=True, **kind) for _ in range(2))
     optimizer = torch.optim.LBFGS([free, own_scale, prior], max_iter=100, line_search_fn="strong_wolfe")
-    owner = head.classes.owner
+    owner, outputs = head.classes.owner, head.columns[seen.labels]
 
     def weighed(scores: Tensor, values: Tensor) -> Tensor:
         return (values[:, None, None] * scores).sum(0)  # (N, C)
@@ -54,8 +54,8 @@ def fit_numbers(model: nn.Module, seen: Seen) -> float:
             (values[-1] - start[-1]).square() + own_scale.square().sum() + prior.square().sum())
         router = head.classes.expert_log_probs(weighed(of_experts, values[:first])) + prior
         own = head.own(logits, weighed(of_classes, values[first:-1]), values[-1] * own_scale.exp())
-        joint = (own + router.log_softmax(-1)[:, owner]).log_softmax(-1)
-        total = total - (weights * joint.gather(1, seen.labels[:, None])[:, 0]).sum()
+        joint = head.merged((own + router.log_softmax(-1)[:, owner]).log_softmax(-1))
+        total = total - (weights * joint.gather(1, outputs[:, None])[:, 0]).sum()
         total.backward()
         return total
 

@@ -58,7 +58,8 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
         model.same, model.statistics, model.refuse_below = [list(group) for group in same], dict(statistics), None
         new = build(model, chosen, classes)
         building.carry_over(old, new, places, places_of(model))
-        if set(state["without_adapter"]) == set(state["expert_names"]) and model.statistics:
+        bare = set(model.without_adapter) >= set(model.expert_names) or set(state["without_adapter"]) >= set(state["expert_names"])
+        if bare and (model.statistics or images):
             model.router.start = choose_start(model)  # what is known of the others is the same wherever experts begin
         if images:
             with model.evaluating():

@@ -1,6 +1,5 @@
 """The gate: a two-layer perceptron from an image's tokens to evidence for every class, and from classes to experts."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -187,6 +186,14 @@ class Gate(InFloat32):
         return (anywhere - nearest) / self.precision.any(1).sum().clamp_min(1)
 
 
+def side_of_square(number: int) -> int:
+    """The side of the smallest square of at least so many; counted, as torch.compile knows no whole roots."""
+    side = 0
+    while side * side < number:
+        side += 1
+    return side
+
+
 def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """How much each token counts in three means: over all (B, 1, N), over all but the first (B, 1, N), and over each of two by
     two parts of the image (B, 4, N).
@@ -197,9 +204,9 @@ def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     count = tokens.shape[1]
     present = tokens.new_ones(1, count) if mask is None else mask.to(tokens)  # (B, N)
     without_first = torch.cat([torch.zeros_like(present[:, :1]), present[:, 1:]], dim=1) if count > 1 else present
-    special = next((number for number in (1, 0) if math.isqrt(count - number) ** 2 == count - number), None)
+    special = next((number for number in (1, 0) if side_of_square(count - number) ** 2 == count - number), None)
     if mask is None and special is not None and count > 1:
-        side = math.isqrt(count - special)
+        side = side_of_square(count - special)
         half = torch.arange(side, device=tokens.device) * PARTS // side
         part = torch.cat([half.new_full((special,), -1), (half[:, None] * PARTS + half).flatten()])[None]  # (1, N)
     else:

@@ -88,7 +88,7 @@ class JointHead(nn.Module):
 
     def joint(self, logits: Tensor, evidence: Evidence) -> Tensor:
         """Log-probabilities (..., outputs) from the logits (..., sum of C_e) of the experts' heads and what the gates say."""
-        return self._merged(self.by_class(logits, evidence))
+        return self.merged(self.by_class(logits, evidence))
 
     def by_class(self, logits: Tensor, evidence: Evidence) -> Tensor:
         """The same before classes that are the same are added up (..., sum of C_e)."""
@@ -109,8 +109,8 @@ class JointHead(nn.Module):
             logits = logits + (classes[:, None] if logits.ndim == 3 else classes)
         return torch.cat([part.log_softmax(-1) for part in logits.split(self.classes.sizes, dim=-1)], dim=-1)
 
-    def _merged(self, joint: Tensor) -> Tensor:
-        """Add up the probabilities of classes that are the same."""
+    def merged(self, joint: Tensor) -> Tensor:
+        """Log-probabilities (..., outputs) of the outputs from those of all classes (..., sum of C_e): the same classes add up."""
         if self.outputs == len(self.columns):
             return joint
         largest = joint.amax(-1, keepdim=True)

@@ -1,11 +1,13 @@
 """The mixture: a base model with frozen LoRA experts, weighed for each image by gates that are never told the task."""
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,11 @@ from ContextGatedMOE.statistics import SHRINKAGE, Statistics
 from ContextGatedMOE.training import train_gates
 
 GATE_HIDDEN = 128
+
+# How many blocks of `evaluating` a mixture is in, and the modules that are to be in training mode after the last. Not a part of
+# the mixture, which is copied and saved.
+_evaluating: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_changing_modes = threading.Lock()
 
 
 class ContextGatedMOE(Saving, Exporting, nn.Module):
@@ -118,7 +125,8 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         """
         settings = self.__dict__.get("replica_settings")
         if settings is None:
-            return self._passes(*args, **kwargs)
+            with self.router.whole_pass():
+                return self._passes(*args, **kwargs)
         with self.router.using(fixed=settings.fixed, plain=settings.plain, body=settings.body):
             return self._passes(*args, **kwargs)
 
@@ -241,15 +249,23 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for the block; afterwards every module has the mode it had."""
-        trained = [module for module in self.modules() if module.training]
-        if trained:
-            self.eval()
+        """Evaluation mode for the block, and until blocks of other threads have ended too; afterwards every module has the mode
+        it had."""
+        with _changing_modes:
+            count, trained = _evaluating.get(self) or (0, [module for module in self.modules() if module.training])
+            if trained and not count:
+                self.eval()
+            _evaluating[self] = count + 1, trained
         try:
             yield
         finally:
-            for module in trained:
-                module.training = True
+            with _changing_modes:
+                count, trained = _evaluating.pop(self)
+                if count > 1:
+                    _evaluating[self] = count - 1, trained
+                else:
+                    for module in trained:
+                        module.training = True
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:

@@ -60,10 +60,20 @@ class Router:
         token = _settings.set({**_settings.get(), id(self): replace(self.settings, **changes)})
         _thread.settings = _settings.get()
         try:
-            yield
+            with self.whole_pass():
+                yield
         finally:
             _settings.reset(token)
             _thread.settings = outer
+
+    @contextmanager
+    def whole_pass(self) -> Iterator[None]:
+        """Around a pass: nothing of it is left after the block, also where it is interrupted, for which no hooks are called."""
+        under_way = _thread.running, _thread.weights
+        try:
+            yield
+        finally:
+            _thread.running, _thread.weights = under_way
 
     # ---- the hooks ----
 

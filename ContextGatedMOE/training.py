@@ -35,13 +35,14 @@ def refine(model: nn.Module, train: Seen, validation: Seen, epochs: int, learnin
         for layer in layers:
             scores = layer.scores(part, rows)
             evidence = evidence.and_also(*((scores, None) if layer.of_experts else (None, scores)))
-        return head.by_class(seen.logits[rows], evidence)
+        return head.joint(seen.logits[rows], evidence)
 
     @torch.no_grad()
     def measured(seen: Seen, part: int) -> tuple[float, float]:
         said = torch.cat([answers(seen, part, rows) for rows in torch.arange(len(seen.labels)).split(1024)])
-        right = (said.argmax(1) == seen.labels).float()
-        losses = F.cross_entropy(said, seen.labels, reduction="none")
+        outputs = head.columns[seen.labels]
+        right = (said.argmax(1) == outputs).float()
+        losses = F.cross_entropy(said, outputs, reduction="none")
         return (seen.weights * losses).sum().item(), (seen.weights * right).sum().item()
 
     trained = [value for layer in layers for value in (layer.weight, layer.bias)]
@@ -51,7 +52,7 @@ def refine(model: nn.Module, train: Seen, validation: Seen, epochs: int, learnin
     best: list[Tensor] = []
     for epoch in range(epochs + 1):
         for rows in torch.randperm(len(train.labels), generator=generator).split(STEP) if epoch else ():
-            losses = F.cross_entropy(answers(train, 0, rows), train.labels[rows], reduction="none")
+            losses = F.cross_entropy(answers(train, 0, rows), head.columns[train.labels[rows]], reduction="none")
             loss = (losses * train.weights[rows]).sum() * len(train.labels) / len(rows)
             loss = loss + DRAWN_BACK * sum(layer.weight.square().sum() for layer in layers)
             optimizer.zero_grad()

@@ -222,7 +222,19 @@ def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:
             gate.score.weight.normal_(std=0.1)
             gate.score.bias.normal_(std=0.3)
             gate.coefficient.fill_(0.3)
+            gate.class_score.weight.normal_(std=0.1)
+            gate.class_score.bias.normal_(std=0.3)
+            gate.class_coefficient.fill_(0.4)
     return model
+
+
+def telling(model: ContextGatedMOE) -> dict[str, nn.Parameter]:
+    """The trainable parameters on which the answer depends: late gates tell of classes alone, and of these only a joint head asks."""
+    idle = [value for name, gate in model.gates().items() for value in (
+        *(() if name in model.routing_gates() else (gate.coefficient, *gate.score.parameters())),
+        *(() if model.joint_head is not None else (gate.class_coefficient, *gate.class_score.parameters())))]
+    return {name: value for name, value in model.named_parameters()
+            if value.requires_grad and not any(value is other for other in idle)}
 
 
 def recorded(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -85,15 +85,12 @@ def test_an_image_s_top_experts_alone_are_computed():
     own = [Expert(f"{n}", {layer: (torch.randn(rank, width), torch.randn(out, rank))
                            for layer, (rank, width, out) in shapes.items()}) for n in range(8)]
     inputs = {"x": torch.randn(4, 200, 8)}
-    for top_k, early in ((1, None), (1, 3), (2, 1), (3, None), (8, None)):
+    for top_k in (1, 2, 3, 8):
         model = PLAIN.shared(own, top_k=top_k)
-        model.early_top_k = early
         output, gates = logits(model, inputs), recorded(model, inputs)
         layer = model.base_model.blocks[0]
-        used = max(top_k, early or 0)
-        assert layer._skips(200, used) == (used < 4)
-        for name, weights in gates.items():
-            assert ((weights > 0).sum(1) == (top_k if name == "blocks.1" else used)).all()
+        assert layer._skips(200, top_k) == (top_k < 4)
+        assert all(((weights > 0).sum(1) == top_k).all() for weights in gates.values())
         idle = next((n for n in range(8) if not any(weights[:, n].any() for weights in gates.values())), None)
         layer._skips = lambda *_: False  # all experts are computed, those not kept with weight zero: the reference
         assert_close(logits(model, inputs), output)
@@ -122,11 +119,18 @@ def test_adding_and_removing_equals_building_with_those_experts_in_any_order():
             model.train(mode)
             model.add_expert(added, expert, classes=CLASSES[added], images=iter(images[added]))
             assert {module.training for module in model.modules()} == {mode}
-            assert_equal(model.state_dict(), whole.state_dict())
+            assert_near(model.state_dict(), whole.state_dict())
             assert (model.labels, model.columns, model.config.id2label) == (whole.labels, whole.columns, whole.config.id2label)
             model.remove_expert(added)
         assert_equal(model.state_dict(), without)
         assert set(model.statistics) == set("abc") - {added}
+
+
+def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal, to the rounding of passes through an expert that is stacked with others."""
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        assert_close(actual[name], tensor, atol=1e-5 * tensor.abs().max().item())
 
 
 def test_what_was_trained_without_statistics_is_kept_when_experts_change():
@@ -145,7 +149,8 @@ def test_what_was_trained_without_statistics_is_kept_when_experts_change():
 
 def test_a_failed_change_changes_nothing(tmp_path):
     model = BEIT.joint(fit=True).train()
-    names = ("expert_names", "classes", "labels", "columns", "sizes", "same", "refuse_below", "statistics")
+    names = ("expert_names", "classes", "labels", "columns", "sizes", "same", "refuse_below", "statistics",
+             "without_adapter", "chosen_gates", "shrinkage", "fitted_passes")
     good, own = BEIT.experts(["d"], (2,))[0], BEIT.labelled(3, 2)
     before = {name: copy.copy(getattr(model, name)) for name in names}
     wrong_shape = [*own[:1], ({"pixel_values": torch.zeros(1, 4, 16, 16)}, torch.zeros(1).long())]
@@ -166,7 +171,7 @@ def test_a_failed_change_changes_nothing(tmp_path):
         (add(images=broken()), KeyboardInterrupt, ""),
         (add(images=[]), MixtureError, "no images of 2"),
         (add(images=wrong_shape), Exception, ""),
-        (add(images=BEIT.labelled(3, 5)), MixtureError, "labelled 4"),
+        (add(images=BEIT.labelled(3, 5)), MixtureError, "'d' has 2 classes, but an image is labelled 2"),
         (lambda: model.remove_expert("d"), MixtureError, "no expert is called 'd'"),
         (lambda: model.fit_gates({"a": own, "b": broken()}), KeyboardInterrupt, ""),
         (lambda: model.fit_gates({"a": own}, {"b": broken()}), KeyboardInterrupt, ""),

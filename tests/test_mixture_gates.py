@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mixture_models import BEIT, BERT, CASES, CLASSES, PLAIN, WAV2VEC2, assert_close, assert_equal, logits, recorded, rows
+from mixture_models import BEIT, BERT, CASES, CLASSES, PLAIN, WAV2VEC2, assert_close, assert_equal, logits, recorded, refused, rows, telling
 from torch import nn
 
-from ContextGatedMOE import ContextGatedMOE, MixtureError, fitting
-from ContextGatedMOE.fitting import _drawn, _seen, gather
+from ContextGatedMOE import ContextGatedMOE, MixtureError, calibration
+from ContextGatedMOE.fitting import collect_statistics, drawn, see
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.statistics import Statistics, symmetric
 
@@ -23,8 +23,8 @@ def test_recorded_gates_are_one_row_an_image_that_sums_to_one():
         for weights in gates.values():
             assert weights.shape == (3, 3) and weights.dtype == torch.float32
             assert_close(weights.sum(1), torch.ones(3))
-        list(gates.values())[-1][:, 0].sum().backward()  # evidence is carried on: the last weights reach every gate
-        assert all(gate.score.weight.grad.abs().sum() > 0 for gate in model.gates().values())
+        list(gates.values())[-1][:, 0].sum().backward()  # evidence is carried on: the last weights reach every gate that tells
+        assert all(model.gates()[name].score.weight.grad.abs().sum() > 0 for name in model.routing_gates())
     for weights in recorded(ContextGatedMOE(BEIT.build(), BEIT.experts()), BEIT.batch(2)).values():
         assert_close(weights, torch.full((2, 3), 1 / 3))  # new gates weigh all experts alike
 
@@ -57,10 +57,8 @@ def test_the_largest_weights_are_kept_and_the_gradient_is_that_of_all():
         assert_close(gradient, expected_gradient)  # once: the norm that the docstring promises, not twice
     inputs = BEIT.batch(2)
     assert torch.equal(logits(BEIT.joint(top_k=5), inputs), logits(BEIT.joint(), inputs))
-    for early, counts in ((None, [1, 1]), (2, [2, 1]), (9, [3, 1])):  # before the last gate and after it
-        model = BEIT.joint(top_k=1)
-        model.early_top_k = early
-        assert [(weights > 0).sum(1).unique().tolist() for weights in recorded(model, inputs).values()] == [[n] for n in counts]
+    for top_k in (1, 2):
+        assert all(((weights > 0).sum(1) == top_k).all() for weights in recorded(BEIT.joint(top_k=top_k), inputs).values())
 
 
 def test_statistics_add_up():
@@ -75,53 +73,58 @@ def test_statistics_add_up():
     torch.testing.assert_close(symmetric(whole.scatter, 7), centred.T @ centred)
 
 
-def test_gathering_statistics_ends_at_the_last_gate_and_gives_those_of_a_whole_pass():
-    """So does the first of the two passes over validation images."""
-    model, later = replace(BEIT, make=lambda: BEIT.make(num_hidden_layers=5)).joint(), []
-    for block in model.base_model.beit.layers[len(model.gates()) :]:
-        block.register_forward_pre_hook(lambda *_: later.append("called"))
-    batch = BEIT.images()["b"][0]
-    found = gather(model, "b", [batch], 5)
-    assert list(found) == [f"beit.layers.{number}" for number in range(3)] and not later
-    features = {}
-    with torch.no_grad(), model.router.using(plain=True, features=features):
+@pytest.mark.parametrize("start", [0, 2])
+def test_statistics_are_of_what_gates_see_through_the_expert_from_where_experts_begin(start):
+    """And, of two passes over an image, the plain model's apart; what validation images show is what the answer's pass shows."""
+    model = replace(BEIT, make=lambda: BEIT.make(num_hidden_layers=5)).joint()
+    model.router.start, batch, features, plain = start, BEIT.images()["b"][0], {}, {}
+    with torch.no_grad(), model.router.using(plain=True, features=plain):
         model.base_model(**batch[0])
-    assert len(later) == 2
-    for layer, values in features.items():
-        whole = Statistics.of(values, batch[1], 5).rounded()
-        assert_equal(vars(found[layer]), vars(whole))
-    scores, nothing, labels, _ = _seen(model, {"b": [batch]}, until=3)
-    assert len(later) == 2 and nothing is None and torch.equal(labels, batch[1] + 2)
-    assert torch.equal(scores, _seen(model, {"b": [batch]})[0]) and len(later) == 4
+    with torch.no_grad(), model.fixed_gates({"b": 1.0}), model.router.using(from_start=True, features=features):
+        model.base_model(**batch[0])
+    gates = [*(f"beit.layers.{number}" for number in range(5)), "classifier"]
+    assert [torch.equal(features[name], plain[name]) for name in gates] == [n <= start for n in range(6)]
+    found, parts = collect_statistics(model, "b", [batch], 5, 1)
+    assert list(found) == gates and len(parts) == 1 and torch.equal(parts[0].labels, batch[1])
+    for name, own in found.items():
+        assert_equal(vars(own), vars(Statistics.of(features[name], batch[1], 5).rounded()))
+    seen, shown = see(model, {"b": [batch]}), {}
+    with torch.no_grad(), model.router.using(features=shown):
+        model.base_model(**batch[0])
+    assert_equal(seen.features, shown)
+    assert torch.equal(seen.labels, batch[1] + 2)
+    model.passes = 2
+    found, _ = collect_statistics(model, "b", [batch], 5)
+    for name in gates:
+        assert_equal(vars(found[f"plain:{name}"]), vars(Statistics.of(plain[name], batch[1], 5).rounded()))
 
 
-def test_the_numbers_are_fitted_to_some_images_of_every_expert_all_experts_alike(monkeypatch):
+@pytest.mark.parametrize(("most", "of_one", "count"), [(36, 5, 12), (1, 5, 5)])
+def test_the_numbers_are_fitted_to_some_images_of_every_expert_all_experts_alike(monkeypatch, most, of_one, count):
     model, images, found = BEIT.joint(), BEIT.images(), []
-    monkeypatch.setattr(fitting, "_fit", lambda model, *seen: found.append(seen))
-    monkeypatch.setattr(fitting, "CALIBRATED", 36)
-    monkeypatch.setattr(fitting, "CALIBRATED_OF_ONE", 5)
-    fitting.calibrate(model, {name: iter(own) for name, own in images.items()})  # they are read once
-    for _, _, labels, weights in found:
-        owner = model.joint_head.classes.owner[labels]
-        assert torch.bincount(owner).tolist() == [12, 12, 12]
-        assert_close(torch.zeros(3).index_add_(0, owner, weights), torch.full((3,), 1 / 3))
-    monkeypatch.setattr(fitting, "CALIBRATED", 1)
-    fitting.calibrate(model, images)
-    assert [len(scores) for scores, *_ in found] == [36, 36, 15, 15]
-    with pytest.raises(MixtureError, match="there are no validation images of expert 'b'"):
-        fitting.calibrate(model, images | {"b": []})
+    monkeypatch.setattr(calibration, "fit_numbers", lambda model, seen: found.append(seen) or 0.0)
+    monkeypatch.setattr(calibration, "CALIBRATED", most)
+    monkeypatch.setattr(calibration, "CALIBRATED_OF_ONE", of_one)
+    model.fit_gates(images, {name: iter(own) for name, own in images.items()})  # they are read once
+    assert found
+    for seen in found:
+        owner = model.joint_head.classes.owner[seen.labels]
+        assert torch.bincount(owner).tolist() == [count] * 3
+        assert_close(torch.zeros(3).index_add_(0, owner, seen.weights), torch.full((3,), 1 / 3))
+    with refused(model, "there are no validation images of expert 'b'"):
+        model.fit_gates(images, images | {"b": []})
 
 
 def test_images_are_drawn_alike_wherever_they_are_and_keep_what_belongs_to_them():
     """The second argument is of no image: it stays as it is."""
     batches = [({"x": part[:, None] + 0.5, "of_all": torch.zeros(1, 2)}, part) for part in torch.arange(4000).split(70)]
-    drawn = _drawn(batches, 1000)
-    assert [len(labels) for _, labels in drawn] == [70] * 14 + [20]
-    for inputs, labels in drawn:
+    kept = drawn(batches, 1000)
+    assert [len(labels) for _, labels in kept] == [70] * 14 + [20]
+    for inputs, labels in kept:
         assert torch.equal(inputs["x"][:, 0], labels + 0.5) and inputs["of_all"].shape == (1, 2)
-    by_quarter = torch.bincount(torch.cat([labels for _, labels in drawn]).unique() // 1000)
+    by_quarter = torch.bincount(torch.cat([labels for _, labels in kept]).unique() // 1000)
     assert by_quarter.sum() == 1000 and 200 < by_quarter.min() and by_quarter.max() < 300
-    for (inputs, labels), (own, expected) in zip(_drawn(batches, 4000), batches, strict=True):  # all, as they came
+    for (inputs, labels), (own, expected) in zip(drawn(batches, 4000), batches, strict=True):  # all, as they came
         assert torch.equal(labels, expected) and torch.equal(inputs["x"], own["x"])
 
 
@@ -216,13 +219,13 @@ def test_training_moves_the_gates_alone_and_ends_with_the_best_that_it_has_seen(
         batches, start = loader(model, case.images()), copy.deepcopy(model.state_dict())
         before = joint_loss(model, batches)
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert all(".context_gate." in name or name.rpartition(".")[2] in ("router_scale", "expert_scale", "class_share")
+        assert all(".context_gate." in name or ".head_gate." in name or name.rpartition(".")[2] in ("expert_scale", "expert_prior")
                    for name in trainable)
         history = model.train_gates(batches, batches, epochs=epochs, learning_rate=0.02)
         after, losses = joint_loss(model, batches), [entry["validation_loss"] for entry in history]
         assert [entry["epoch"] for entry in history] == list(range(epochs + 1)) and abs(losses[0] - before) < 1e-4
         assert after < before and abs(min(losses) - after) < 1e-4
-        assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])} == trainable
+        assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])} == set(telling(model))
     model = BEIT.joint(fit=True).eval()  # what makes it worse, or fails, leaves the start
     start, right = copy.deepcopy(model.state_dict()), loader(model, BEIT.images())
     model.train_gates([(inputs, (labels + 3) % 8) for inputs, labels in right], right, epochs=1, learning_rate=0.1)

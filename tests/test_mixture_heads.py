@@ -2,37 +2,46 @@
 
 import itertools
 
+import pytest
 import torch
 import transformers
-from mixture_models import BEIT, CASES, CLASSES, JOINT, LLAMA, PLAIN, assert_close, logits, recorded, refused
+from mixture_models import BEIT, CASES, CLASSES, JOINT, LLAMA, PLAIN, assert_close, logits, recorded, refused, telling
 from PIL import Image
 from torch import nn
 
 from ContextGatedMOE import ContextGatedMOE, Expert
 
 
-def test_the_answer_follows_the_formula():
-    """log p(e, c) = r log g_e + log softmax(s (W_e h + b_e))_c + w log q_c, normalised; one image after the other."""
+@pytest.mark.parametrize(("start", "routing"), [
+    (0, ["beit.layers.0"]), (1, ["beit.layers.0", "beit.layers.1"]), (2, ["beit.layers.0", "beit.layers.1", "classifier"])])
+def test_the_answer_follows_the_formula(start, routing):
+    """log p(e, c) = log g_e + a_e + log softmax(s_e (W_e h + b_e) + what all gates say of classes)_c, normalised; one image after
+    the other. Of the experts only gates tell that stand no later than where these begin."""
     model, inputs, seen = BEIT.joint(), BEIT.batch(3), []
-    head = model.joint_head
-    for number, name in enumerate(("router_scale", "expert_scale", "class_share")):
-        getattr(head, name).data.fill_(0.5 + 0.4 * number)
+    model.router.start, head = start, model.joint_head
+    assert model.routing_gates() == routing
+    head.expert_scale.data.copy_(scales := torch.tensor([0.5, 0.9, 1.3]))
+    head.expert_prior.data.copy_(prior := torch.tensor([0.3, -0.2, 0.7]))
     head.register_forward_hook(lambda _, args, output: seen.append(args[0]))
     answer, last = logits(model, inputs), list(recorded(model, inputs).values())[-1]
-    scores: dict[str, torch.Tensor] = {}
-    with model.router.using(scores=scores):
+    features: dict[str, torch.Tensor] = {}
+    with model.router.using(features=features):
         logits(model, inputs)
     gates = model.gates()
+    assert set(features) == set(gates) == {"beit.layers.0", "beit.layers.1", "classifier"}
     for image in range(3):
-        evidence = sum(gates[name].coefficient.detach() * scores[name][image] for name in gates)
-        prior = [1 / (3 * len(own)) for own in CLASSES.values() for _ in own]
-        known = torch.softmax(evidence + torch.tensor(prior).log(), 0)
+        evidence = sum(0.3 * gates[name].score(features[name])[image] for name in routing).detach()
+        said = sum(0.4 * gates[name].class_score(features[name])[image] for name in gates).detach()
+        of_class = [1 / (3 * len(own)) for own in CLASSES.values() for _ in own]
+        known = torch.softmax(evidence + torch.tensor(of_class).log(), 0)
         joint_logs, at = [], 0
         for number, (expert, own) in enumerate(zip(BEIT.joint_experts(), CLASSES.values(), strict=True)):
             weight, bias = expert.heads["classifier"]
-            own_logs = torch.log_softmax(0.9 * (seen[0][image] @ weight.T + bias), 0)
-            assert_close(known[at : at + len(own)].sum(), last[image, number])  # an expert is as likely as its classes together
-            joint_logs.append(0.5 * last[image, number].log() + own_logs + 1.3 * known[at : at + len(own)].log())
+            likely = known[at : at + len(own)].sum()  # an expert is as likely as its classes together
+            if start < 2:
+                assert_close(likely, last[image, number])
+            own_logs = scales[number] * (seen[0][image] @ weight.T + bias) + said[at : at + len(own)]
+            joint_logs.append(likely.log() + prior[number] + torch.log_softmax(own_logs, 0))
             at += len(own)
         routers = torch.cat(joint_logs)
         assert_close(answer[image], routers - routers.logsumexp(0), atol=1e-4)
@@ -64,8 +73,8 @@ def test_losses_and_gradients_are_finite_and_reach_the_gates_whatever_the_weight
                 gate.score.weight.zero_()
                 gate.score.bias.copy_(torch.tensor([60.0, 60] + [0.0] * 6))  # all for expert a, where c is right
         model(**BEIT.batch(3), labels=torch.tensor([7, 7, 7] if wrong else [0, 4, 7])).loss.backward()
-        assert all(parameter.grad.isfinite().all() for parameter in model.gate_parameters())
-        for gate in model.gates().values():
+        assert all(parameter.grad.isfinite().all() for parameter in telling(model).values())
+        for gate in (model.gates()[name] for name in model.routing_gates()):
             assert gate.score.weight.grad.abs().sum() > 0
             assert not wrong or (gate.score.bias.grad[7] < -0.1 and gate.score.bias.grad[:2].sum() > 0.1)
     for fixed in ({"a": 1.0}, {"a": 0.5, "c": 0.5}, {}):

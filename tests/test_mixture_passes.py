@@ -25,6 +25,7 @@ from mixture_models import (
     logits,
     recorded,
     rows,
+    telling,
 )
 from torch import Tensor, nn
 
@@ -126,7 +127,7 @@ def test_blocks_computed_again_have_the_weights_of_their_own_pass():
             if options:
                 model.gradient_checkpointing_enable(options)
             sum(model(**case.batch(size, size)).logits.square().mean() for size in (3, 2)).backward()
-            gradients.append([parameter.grad for parameter in model.gate_parameters()])
+            gradients.append([parameter.grad for parameter in telling(model).values()])
             assert all(gradient.abs().sum() > 0 for gradient in gradients[-1])
         for others in gradients[1:]:
             for actual, expected in zip(others, gradients[0], strict=True):
@@ -147,7 +148,7 @@ def test_gates_compute_and_stay_in_fp32():
     half = {name: tensor.bfloat16() for name, tensor in inputs.items()}
     assert (logits(model, half) - expected).abs().max() < 0.2 * expected.abs().max()
     model.train()(**half).logits.square().mean().backward()
-    assert {parameter.grad.dtype for parameter in model.gate_parameters()} == {torch.float32}
+    assert {parameter.grad.dtype for parameter in telling(model).values()} == {torch.float32}
 
 
 def test_exported_and_compiled_with_a_changing_batch():
@@ -200,7 +201,7 @@ def test_trainer_takes_a_mixture_as_it_is(tmp_path):
                                    eval_dataset=images)
     trainer.train()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moved == set(telling(model))
     inputs, labels = (torch.stack([image[key] for image in images]) for key in ("pixel_values", "labels"))
     expected = nn.functional.nll_loss(logits(model.eval(), {"pixel_values": inputs}), labels)
     assert abs(trainer.evaluate()["eval_loss"] - expected.item()) < 1e-4

@@ -91,13 +91,14 @@ def test_base_layers_that_cannot_be_mixed_are_refused(adapters):
 
 def test_requests_without_sense_are_refused(adapters):
     for names, options, message in (
-        ("abc", dict(gate_hidden=0), "gate_hidden"), ("abc", dict(top_k=0), "top_k"), ("aa", {}, "two experts have one name")
+        ("abc", dict(gate_hidden=0), "gate_hidden"), ("abc", dict(top_k=0), "top_k"), ("abc", dict(passes=0), "passes"),
+        ("aa", {}, "two experts have one name")
     ):
         base = PLAIN.build()
         with refused(base, message):
             ContextGatedMOE(base, PLAIN.experts(names), **options)
-    with pytest.raises(MixtureError, match="early_top_k must be at least 1"):
-        BEIT.joint().early_top_k = 0
+    with pytest.raises(MixtureError, match="passes must be 1 or 2, not 3"):
+        BEIT.joint().passes = 3
     with pytest.raises(MixtureError, match="part of a mixture already"):
         ContextGatedMOE.from_adapters(BEIT.joint().base_model, adapters)
 

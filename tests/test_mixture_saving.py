@@ -35,8 +35,10 @@ def tensors_of(model: ContextGatedMOE) -> dict[str, torch.Tensor]:
 
 def assert_same_mixture(actual: ContextGatedMOE, expected: ContextGatedMOE) -> None:
     """Bit for bit the same."""
-    for name in ("expert_names", "classes", "labels", "columns", "same", "gate_hidden", "top_k", "early_top_k", "refuse_below"):
+    for name in ("expert_names", "classes", "labels", "columns", "same", "gate_hidden", "top_k", "refuse_below", "passes",
+                 "fitted_passes", "shrinkage", "without_adapter"):
         assert getattr(actual, name) == getattr(expected, name)
+    assert actual.router.start == expected.router.start and list(actual.gates()) == list(expected.gates())
     assert_equal(tensors_of(actual), tensors_of(expected))
 
 
@@ -47,7 +49,6 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
         (PLAIN, ContextGatedMOE(PLAIN.build(), [])),
     )):
         model.refuse_below, folder = (0, 0.25, None, None)[number], tmp_path / f"{number}"
-        model.early_top_k = (3, None, None, None)[number]
         model.save_pretrained(folder)
         loaded = ContextGatedMOE.from_pretrained(folder, case.build().train())
         assert_same_mixture(loaded, model)
@@ -60,8 +61,8 @@ def test_saved_and_loaded_is_bit_equal(tmp_path):
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     stored, base = load_file(tmp_path / "0" / WEIGHTS), BEIT.build().state_dict()  # nothing of the base
     assert {name.rpartition(".")[2] for name in stored} == {
-        "lora_A", "lora_B", "expert_weight", "expert_bias", "coefficient", "weight", "bias", "axes", "origin", "centres",
-        "router_scale", "expert_scale", "class_share"}
+        "lora_A", "lora_B", "expert_weight", "expert_bias", "coefficient", "class_coefficient", "weight", "bias", "axes", "origin",
+        "centres", "precision", "hidden_weight", "hidden_bias", "bucket", "sign", "expert_scale", "expert_prior"}
     assert not any(torch.equal(tensor, own) for tensor in stored.values() for own in base.values() if own.shape == tensor.shape)
     assert {name.split("/")[0] for name in load_file(tmp_path / "0" / STATISTICS)} == set(CLASSES)
     loaded = ContextGatedMOE.from_pretrained(tmp_path / "0", BEIT.build())  # it goes on as the one that was saved would
@@ -186,7 +187,7 @@ def test_damaged_files_are_refused(tmp_path):
 
     for name in (CONFIG, WEIGHTS, STATISTICS):
         assert_refused((folder / name).unlink, name)
-    for text in ("[1]", "{}", '{"format": 1}', '{"format": 2}'):
+    for text in ("[1]", "{}", '{"format": 1}', '{"format": 2}', '{"format": 3}'):
         assert_refused(partial((folder / CONFIG).write_text, text))
     tensors = load_file(source / WEIGHTS)
     for changed in (dict(list(tensors.items())[1:]), tensors | {"head.other": torch.ones(2)},
@@ -195,7 +196,8 @@ def test_damaged_files_are_refused(tmp_path):
     for key, values in {
         "experts": [["z", "b", "c"], [1, 2, 3], []], "classes": [{"a": ["x"]}, {"a": 1, "b": 2, "c": 3}],
         "heads": [[], ["norm"]], "ranks": [{}, {"base": [1]}, {"base": "x"}], "same": [["x"], [[["a", "nothing"]]]],
-        "gate_hidden": [0, 9, "x", True], "top_k": [0, 1.5], "early_top_k": [0, "x"], "base_rounded": ["x"],
+        "gate_hidden": [0, 9, "x", True], "top_k": [0, 1.5], "passes": [0, 3, "x"], "start": ["x"],
+        "gates": ["x"], "shrinkage": ["x"], "without_adapter": ["x"], "fitted_passes": ["x"], "base_rounded": ["x"],
         "refuse_below": ["x"], "statistics_sha256": ["x"],
     }.items():
         for value in values:
