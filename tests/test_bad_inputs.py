@@ -147,7 +147,7 @@ BAD_INPUTS = {
             spoil=(gone("Results"), lambda place: place.results.symlink_to("/proc/self/fdinfo"))),
         Bad("Finetune", (CHECKPOINT, "cannot be written", "make room"), leaves=True, size=50_000),
         Bad("Benchmark", ("Benchmark_Fire_Risk.csv", "cannot be written"), leaves=True, size=500),
-        Bad("CGM_Lora", ("fire_game_cgm_lora", "cannot be written"), leaves=True, size=100_000),
+        Bad("CGM_Lora", ("fire_game_cgm_lora", "cannot be written"), leaves=True, size=160_000),
     ],
 }
 

@@ -1,15 +1,16 @@
 """Tests of flags that make no sense, results made from something else, and what goes wrong on the way: one line, status 2."""
 
-import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from pipeline import REPOSITORY, Workspace, files_in, hashes
 from refusals import AFTER_DATA, RESULTS_OF, complaint, files_of_at_most
 
 from common.run_all import main as run_all
+from ContextGatedMOE import training as gates
 
 
 @pytest.fixture
@@ -69,13 +70,13 @@ def test_base_models_that_were_exchanged_are_found_out_at_every_step_and_missing
         assert f"{script} is finished already" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_is_named_with_the_way_out(refuse, mutable, monkeypatch):
+def test_a_loss_that_is_not_finite_is_named_with_the_way_out(refuse, mutable):
     for script in ("CGM_Lora", "Lora_Finetune", "Finetune", "Generate_Base_Model"):
         shutil.rmtree(mutable.results / RESULTS_OF[script])
-        if script == "CGM_Lora":  # a softmax regression on features bears any rate
-            monkeypatch.setattr(math, "isfinite", lambda _: False)
-        line = refuse(script, "--learning_rate", "4e9", "--weight_decay", "4e9", "--epochs", "8")
-        monkeypatch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            if script == "CGM_Lora":  # a softmax regression on features bears any rate
+                patch.setattr(gates, "math", SimpleNamespace(isfinite=lambda _: False))
+            line = refuse(script, "--learning_rate", "4e9", "--weight_decay", "4e9", "--epochs", "8")
         assert re.search("loss (of the gates )?is", line) and "--learning_rate" in line
 
 

@@ -12,7 +12,7 @@ def heads(settings: Settings) -> Benchmark:
     """A base model of the demo, 10 epochs, validation included: on cached features against through the backbone."""
     task = prepared_task(settings)
     epochs = 1 if settings.quick else 10
-    config = parse(BaseModelConfig, ["--demo", "--root", str(settings.root), "--epochs", str(epochs), "--augment", "False",
+    config = parse(BaseModelConfig, ["--demo", "--root", str(settings.root), "--epochs", str(epochs), "--augment", "False", "--learning_rate", "2e-4",
                                      "--device", str(settings.device)])
     model = demo_backbone(settings)
     model.classifier.requires_grad_(True)

@@ -68,7 +68,7 @@ def member(name: str, settings: Settings, seed: int, folder: Path) -> Member:
     The images are made anew: what they are decides whether the expert fits.
     """
     flags = ["--demo", "--seed", str(seed), "--device", str(settings.device), *(["--epochs", "1"] if settings.quick else [])]
-    base_config, config = parse(BaseModelConfig, flags), parse(LoraConfig, flags)
+    base_config, config = parse(BaseModelConfig, [*flags, "--learning_rate", "2e-4"]), parse(LoraConfig, flags)
     task, processor = make(name, seed, 5 if settings.quick else None), models.load_processor(config.model)
     sets = _split(task, seed, *affine_of(processor))
     model = models.load_backbone(config.model, task.classes, seed)

@@ -14,8 +14,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from common import models
 from common.cli.flags import MixtureConfig
 from common.cli.parser import parse
-from common.mixture import Batches
 from common.data.tensors import ImageSet
+from common.mixture import Batches
 from common.training.evaluate import EVALUATION_BATCH
 from ContextGatedMOE import ContextGatedMOE
 from tests.bench.measure import Settings
