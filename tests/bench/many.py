@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BeitForImageClassification
 
-from common.mixture import EARLY_AT_ONCE
 from common.errors import UserError
 from common.results.memory import PeakMemory
 from ContextGatedMOE import ContextGatedMOE
@@ -46,7 +45,6 @@ def many_experts(settings: Settings) -> Benchmark:
     plain, count, precision = beit(settings, num_labels=CLASSES), _count(settings), settings.training_precision
     made = experts(plain, count)
     model = ContextGatedMOE(twin(plain), made, {expert.name: _classes(plain) for expert in made}).to(settings.device)
-    model.early_top_k = EARLY_AT_ONCE
     batch = images(settings, BATCH, plain)
     _want_different(model, batch[0])
     flops = BATCH * forward_flops(plain, batch[0][0])

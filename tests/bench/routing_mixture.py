@@ -14,8 +14,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from common import models
 from common.cli.flags import MixtureConfig
 from common.cli.parser import parse
-from common.mixture import EARLY_AT_ONCE, Batches
 from common.data.tensors import ImageSet
+from common.mixture import Batches
 from common.training.evaluate import EVALUATION_BATCH
 from ContextGatedMOE import ContextGatedMOE
 from tests.bench.measure import Settings
@@ -80,7 +80,7 @@ def evaluated(known: list[Member], settings: Settings, seed: int, unknown: Membe
         row |= {"auroc": roc_auc_score(truth, score), "fpr95": false[np.argmax(true >= 0.95)],
                 "auroc_largest": roc_auc_score(truth, np.concatenate([*largest, logits.max(1)]))}
     else:
-        model.top_k, model.early_top_k = 1, EARLY_AT_ONCE
+        model.top_k = 1
         model.fit_gates({}, validation)
         row["top_1"] = np.mean([np.mean(said(model, member.test, settings)[0].argmax(1) == own)
                                 for member, own in zip(known, right, strict=True)])
