@@ -69,7 +69,8 @@ def test_right_task_and_joint_accuracy_are_told_at_every_depth_of_the_backbone(t
     root = tmp_path / "root"
     made = Workspace(root, backbone)
     source = write_folders(tmp_path / "images", list("abcd"), 10)
-    made.run("Data_Preparation", "--task", f"one={source}", "--task", f"two={source}", "--classes", "one=a,b", "--classes", "two=c,d")
+    made.run("Data_Preparation", "--task", f"one={source}", "--task", f"two={source}",
+             "--classes", "one=a,b", "--classes", "two=c,d")
     main(["--device", "cpu", "--root", str(root), "--model", backbone, "--output", str(tmp_path / "out"), "depths"])
     table = pd.read_csv(tmp_path / "out" / "depths.csv")
     assert list(table["depth"]) == ["0", "1", "2", HEAD_INPUT] and list(table["features"]) == [96, 96, 96, 32]

@@ -49,8 +49,8 @@ class Features:
 def backbone_features(body: nn.Module, train: ImageSet, validation: ImageSet, test: ImageSet, config: HardwareFlags,
                       passed: Sequence[int] = ()) -> Features:
     """First token (the class token where there is one), mean and deviation of the tokens behind blocks, and what reaches the
-    head, of the images of each split; one pass each. body: images to what reaches the head (B, D). passed: the numbers of blocks
-    behind which to look, in order, 0 being before the first; by default DEPTHS of them and EARLY."""
+    head, of the images of each split; one pass each. body: images to what reaches the head (B, D). passed: the numbers of
+    blocks behind which to look, in order, 0 being before the first; by default DEPTHS of them and EARLY."""
     names = block_names(body)
     if not passed:
         evenly = np.linspace(1, len(names), min(len(names), DEPTHS)).round().astype(int)

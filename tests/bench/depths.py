@@ -39,7 +39,8 @@ def depths(settings: Settings) -> pd.DataFrame:
                "shrinkage": chosen.classifier.strength}
         answers = inputs.validation_answers, inputs.test_answers
         for split, own, scores in zip(("validation_", ""), answers, chosen.scores(inputs.features), strict=True):
-            for name, right in (("right_task", own.right_task), ("accuracy", own.right), ("accuracy_told_task", own.right_told)):
+            for name, right in {"right_task": own.right_task, "accuracy": own.right,
+                                "accuracy_told_task": own.right_told}.items():
                 row[split + name] = float(own.weights @ right(scores))
         rows.append(row | {"milliseconds_of_an_image": 1e3 * inputs.features.seconds[depth],
                            "seconds": time.perf_counter() - started})
