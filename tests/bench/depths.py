@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from common import models
-from common.cli.flags import MixtureConfig
+from common.cli.flags import DEMO_BACKBONE, MixtureConfig
 from common.cli.parser import parse
 from common.comparison.features import HEAD_INPUT, backbone_features
 from common.comparison.inputs import PlainInputs
@@ -31,11 +31,12 @@ def depths(settings: Settings) -> pd.DataFrame:
     inputs = PlainInputs(config, tasks)
     inputs.features = backbone_features(inputs.body, inputs.train, inputs.validation, inputs.test, config,
                                         range(len(block_names(inputs.body)) + 1))
+    backbone = "the demo's" if config.model == str(DEMO_BACKBONE) else Path(config.model).name
     rows = []
     for depth, features in inputs.features.train.items():
         started = time.perf_counter()
         chosen = inputs.discriminant_at((depth,))
-        row = {"backbone": Path(config.model).name, "depth": depth, "features": features.shape[1],
+        row = {"backbone": backbone, "depth": depth, "features": features.shape[1],
                "shrinkage": chosen.classifier.strength}
         answers = inputs.validation_answers, inputs.test_answers
         for split, own, scores in zip(("validation_", ""), answers, chosen.scores(inputs.features), strict=True):
@@ -83,7 +84,7 @@ def picture(table: pd.DataFrame, _: str) -> Figure:
         axes.axvline(place, color=colour, linestyle=style, linewidth=1.2, label=f"{label}, by validation images")
     axes.set_xticks(table.index, ["head" if depth == HEAD_INPUT else str(depth) for depth in table["depth"]])
     axes.set(xlabel="blocks passed (0: before the first; head: what reaches the head)", ylabel="share of test images",
-             ylim=(None, 1.005), title=f"one discriminant a depth, plain backbone {table['backbone'][0]}")
+             ylim=(None, 1.005), title=f"one discriminant a depth, plain backbone: {table['backbone'][0]}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     return figure
