@@ -74,7 +74,7 @@ def found(table: pd.DataFrame) -> str:
 
 def picture(table: pd.DataFrame, _: str) -> Figure:
     """Both curves over the depth, the two chosen places marked."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     task, joint = places(table)
     for name, label, colour in (("right_task", "right task", "C0"), ("accuracy", "right class among all tasks' (joint)", "C3")):
@@ -86,5 +86,5 @@ def picture(table: pd.DataFrame, _: str) -> Figure:
     axes.set(xlabel="blocks passed (0: before the first; head: what reaches the head)", ylabel="share of test images",
              ylim=(None, 1.005), title=f"one discriminant a depth, plain backbone: {table['backbone'][0]}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
