@@ -7,11 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from image_sources import write_folders
 from PIL import Image
-from pipeline import tiny_beit
+from pipeline import Workspace, tiny_beit
 
+from common.cli.flags import BenchmarkConfig
+from common.cli.parser import parse
+from common.comparison.features import HEAD_INPUT, backbone_features
+from common.data.tensors import ImageSet
+from common.training.blocks import block_names
 from ContextGatedMOE import Expert
-from tests.bench import data, preparation, samples
+from tests.bench import data, depths, preparation, samples
 from tests.bench.__main__ import BENCHMARKS, WHOLE, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
 from tests.bench.setups import experts, mixture, twin
@@ -56,6 +62,39 @@ def test_the_fewest_images_of_each_class_are_among_the_more(tmp_path, workspace,
         assert np.array_equal(np.bincount(few.train_answers.labels), [count] * 8) and len(few.train) == len(drawn) == 8 * count
         assert all(len(values) == len(drawn) for values in few.features.train.values())
     assert set(seen[0][1]) < set(seen[1][1]) < set(seen[2][1]) == set(range(48))
+
+
+def test_right_task_and_joint_accuracy_are_told_at_every_depth_of_the_backbone(tmp_path, backbone, capsys):
+    """Of two tasks of two classes each; and what is said of a table, by hand."""
+    root = tmp_path / "root"
+    made = Workspace(root, backbone)
+    source = write_folders(tmp_path / "images", list("abcd"), 10)
+    made.run("Data_Preparation", "--task", f"one={source}", "--task", f"two={source}",
+             "--classes", "one=a,b", "--classes", "two=c,d")
+    main(["--device", "cpu", "--root", str(root), "--model", backbone, "--output", str(tmp_path / "out"), "depths"])
+    table = pd.read_csv(tmp_path / "out" / "depths.csv")
+    assert list(table["depth"]) == ["0", "1", "2", HEAD_INPUT] and list(table["features"]) == [96, 96, 96, 32]
+    shares = table[[column for column in table if "right_task" in column or "accuracy" in column]]
+    assert shares.shape == (4, 6) and shares.stack().between(0, 1).all()
+    assert (table["accuracy"] <= table[["right_task", "accuracy_told_task"]].min(axis=1) + 1e-9).all()
+    assert depths.found(table) in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "depths.png") as picture:
+        assert min(picture.size) > 200
+    table["validation_right_task"], table["validation_accuracy"] = [0.5, 0.992, 0.996, 0.9], [0.5, 0.7, 0.8, 0.9]
+    assert depths.places(table) == (1, 3)
+    assert all(part in depths.found(table) for part in ("from the depth behind block 1 (", f"is best on {HEAD_INPUT} ("))
+
+
+def test_features_before_the_first_block_are_of_what_enters_it():
+    """And those behind a block are of what leaves it: a second one that adds nothing leaves them as they are."""
+    body, images = tiny_beit(0).eval(), ImageSet(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long))
+    body.classifier = torch.nn.Identity()
+    second = body.get_submodule(block_names(body)[1])
+    with torch.no_grad():
+        second.lambda_1.zero_(), second.lambda_2.zero_()
+    found = backbone_features(body, images, images, images, parse(BenchmarkConfig, ["--device", "cpu"]), range(3)).test
+    assert list(found) == [0, 1, 2, HEAD_INPUT]
+    assert np.allclose(found[1], found[2], atol=1e-6) and not np.allclose(found[0], found[1], atol=1e-3)
 
 
 def test_cases_take_turns(tmp_path):

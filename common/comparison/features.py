@@ -1,5 +1,6 @@
 """The plain backbone's pooled features at many depths, computed once and handed to every method that needs them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ WIDEST = 20_000  # features of several depths together, for memory and time
 EARLY = (3, 4)  # blocks behind which Any-SSR looks
 HEAD_INPUT = "what reaches the head"
 
-Depth = int | str  # number of blocks passed, or HEAD_INPUT
+Depth = int | str  # number of blocks passed, 0 before the first, or HEAD_INPUT
 
 
 @dataclass
@@ -45,28 +46,36 @@ class Features:
         return [np.concatenate([split[depth] for depth in depths], axis=1) for split in splits]
 
 
-def backbone_features(body: nn.Module, train: ImageSet, validation: ImageSet, test: ImageSet,
-                      config: HardwareFlags) -> Features:
+def backbone_features(body: nn.Module, train: ImageSet, validation: ImageSet, test: ImageSet, config: HardwareFlags,
+                      passed: Sequence[int] = ()) -> Features:
     """First token (the class token where there is one), mean and deviation of the tokens behind blocks, and what reaches the
-    head, of the images of each split; one pass each. body: images to what reaches the head (B, D)."""
+    head, of the images of each split; one pass each. body: images to what reaches the head (B, D). passed: the numbers of
+    blocks behind which to look, in order, 0 being before the first; by default DEPTHS of them and EARLY."""
     names = block_names(body)
-    evenly = np.linspace(1, len(names), min(len(names), DEPTHS)).round().astype(int)
-    passed = sorted({*evenly.tolist(), *(number for number in EARLY if number <= len(names))})
-    blocks = [body.get_submodule(names[number - 1]) for number in passed]
+    if not passed:
+        evenly = np.linspace(1, len(names), min(len(names), DEPTHS)).round().astype(int)
+        passed = sorted({*evenly.tolist(), *(number for number in EARLY if number <= len(names))})
+    behind = [body.get_submodule(name) for name in names]
     seen: list[Tensor] = []
 
-    def look(block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        tokens = (output if isinstance(output, Tensor) else output[0]).flatten(1, -2)  # (B, N, D)
+    def look(tokens: Tensor) -> None:
+        tokens = tokens.flatten(1, -2)  # (B, N, D)
         deviation, mean = torch.std_mean(tokens, dim=1, correction=0)
         seen.append(torch.cat([tokens[:, 0], mean, deviation], dim=1))
+
+    def enter(block: nn.Module, inputs: tuple, named: dict[str, Tensor]) -> None:
+        look(inputs[0] if inputs else named["hidden_states"])
+
+    def leave(block: nn.Module, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        look(output if isinstance(output, Tensor) else output[0])
 
     def read(inputs: Tensor) -> list[Tensor]:
         seen.clear()
         pooled = logits_of(body, inputs)
         return [*seen, pooled]
 
-    behind = [body.get_submodule(name) for name in names]
-    hooks = [block.register_forward_hook(look) for block in blocks]
+    hooks = [behind[number - 1].register_forward_hook(leave) if number else
+             behind[0].register_forward_pre_hook(enter, with_kwargs=True) for number in passed]
     try:
         found = [collect(body, images, config, read)[0] for images in (train, validation)]
         values, seconds = collect(body, test, config, read, behind)

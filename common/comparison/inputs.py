@@ -59,20 +59,66 @@ def mixed_test(tasks: list[TaskData], seed: int) -> ImageSet:
     return data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
 
 
-class Inputs:
-    """What every method is given. Choices are made by the validation images; the test images are only answered.
+class PlainInputs:
+    """What needs no experts. Choices are made by the validation images; the test images are only answered."""
+
+    def __init__(self, config: MixtureConfig, tasks: list[TaskData]):
+        self.config, self.tasks = config, tasks
+        self.space = Space.of(tasks)
+        self.train, self.validation = (together([getattr(data, split) for data in tasks]) for split in ("train", "validation"))
+        self.test = mixed_test(tasks, config.seed)
+        self.train_answers, self.validation_answers, self.test_answers = (
+            self.space.answers(images) for images in (self.train, self.validation, self.test))
+
+    @cached_property
+    def body(self) -> nn.Module:
+        """The pretrained backbone: images to what reaches the head (B, D)."""
+        body = models.load_backbone(self.config.model, self.tasks[0].classes, self.config.seed)
+        body.classifier = nn.Identity()
+        return body
+
+    @cached_property
+    def backbone_parameters(self) -> int:
+        """Those of the backbone without its head."""
+        return sum(value.numel() for value in self.body.parameters())
+
+    @cached_property
+    def features(self) -> Features:
+        """The plain backbone's features at every depth."""
+        return backbone_features(self.body, self.train, self.validation, self.test, self.config)
+
+    @cached_property
+    def discriminants(self) -> list[ClassRouter]:
+        """For each depth, and for several together, the best discriminant of all classes by the validation images."""
+        return [self.discriminant_at(depths) for depths in self.features.choices]
+
+    def discriminant_at(self, depths: tuple[Depth, ...]) -> ClassRouter:
+        """The best discriminant of all classes on the features of these depths, side by side."""
+        priors = 1 / (len(self.tasks) * np.array(self.space.sizes)[self.space.owner])
+        train, validation, _ = self.features.together(depths)
+        fitted = discriminants(train, self.train_answers.labels, self.train_answers.weights, priors)
+        return ClassRouter(depths, self.best(fitted, lambda classifier: classifier(validation)))
+
+    @cached_property
+    def discriminant(self) -> ClassRouter:
+        """The best of them."""
+        return self.best(self.discriminants, lambda found: found.scores(self.features)[0])
+
+    def best(self, candidates: Iterable[Candidate], scores: Callable[[Candidate], np.ndarray]) -> Candidate:
+        """The candidate whose scores (N, C) for the validation images are most often right, then likeliest."""
+        return max(candidates, key=lambda candidate: self.validation_answers.rating(scores(candidate)))
+
+
+class Inputs(PlainInputs):
+    """What every method is given.
 
     mixture: the finished one, whose experts the methods use. checkpoint: by the name of a training, where it goes on.
     """
 
     def __init__(self, config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE,
                  checkpoint: Callable[[str], Checkpoint | None] = lambda name: None):
-        self.config, self.tasks, self.mixture, self.checkpoint = config, tasks, mixture, checkpoint
-        self.space = Space.of(tasks)
-        self.train, self.validation = (together([getattr(data, split) for data in tasks]) for split in ("train", "validation"))
-        self.test = mixed_test(tasks, config.seed)
-        self.train_answers, self.validation_answers, self.test_answers = (
-            self.space.answers(images) for images in (self.train, self.validation, self.test))
+        super().__init__(config, tasks)
+        self.mixture, self.checkpoint = mixture, checkpoint
         # The mixture has its experts in an order of its own.
         order = [mixture.expert_names.index(data.task.key) for data in tasks]
         columns = [column for data in tasks for column in mixture.columns[data.task.key]]
@@ -95,11 +141,6 @@ class Inputs:
 
     # ---- numbers of parameters; the head that the backbone came with answers nothing ----
 
-    @cached_property
-    def backbone_parameters(self) -> int:
-        """Those of the backbone without its head."""
-        return sum(value.numel() for value in self.body.parameters())
-
     @property
     def merged_parameters(self) -> int:
         """Those of the backbone and of all experts' heads."""
@@ -110,41 +151,6 @@ class Inputs:
         """Those of the backbone and of all experts with their heads."""
         adapters = (part for layer in self.adapters.values() for pair in layer for part in pair)
         return self.merged_parameters + sum(part.numel() for part in adapters)
-
-    # ---- the plain backbone ----
-
-    @cached_property
-    def body(self) -> nn.Module:
-        """The pretrained backbone: images to what reaches the head (B, D)."""
-        body = models.load_backbone(self.config.model, self.tasks[0].classes, self.config.seed)
-        body.classifier = nn.Identity()
-        return body
-
-    @cached_property
-    def features(self) -> Features:
-        """The plain backbone's features at every depth."""
-        return backbone_features(self.body, self.train, self.validation, self.test, self.config)
-
-    @cached_property
-    def discriminants(self) -> list[ClassRouter]:
-        """For each depth, and for several together, the best discriminant of all classes by the validation images."""
-        priors = 1 / (len(self.tasks) * np.array(self.space.sizes)[self.space.owner])
-        found = []
-        for depths in self.features.choices:
-            train, validation, _ = self.features.together(depths)
-            fitted = discriminants(train, self.train_answers.labels, self.train_answers.weights, priors)
-            best = self.best(fitted, lambda classifier, seen=validation: classifier(seen))
-            found.append(ClassRouter(depths, best))
-        return found
-
-    @cached_property
-    def discriminant(self) -> ClassRouter:
-        """The best of them."""
-        return self.best(self.discriminants, lambda found: found.scores(self.features)[0])
-
-    def best(self, candidates: Iterable[Candidate], scores: Callable[[Candidate], np.ndarray]) -> Candidate:
-        """The candidate whose scores (N, C) for the validation images are most often right, then likeliest."""
-        return max(candidates, key=lambda candidate: self.validation_answers.rating(scores(candidate)))
 
     # ---- the experts ----
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli.flags import BenchmarkConfig
+from common.cli.flags import DEMO_BACKBONE, BenchmarkConfig
 from common.cli.parser import parse
 from common.cli.run import keep_freed_memory
 from common.errors import UserError
@@ -18,6 +18,7 @@ from common.files import write_csv
 from common.training.distributed import device_of
 from tests.bench import (
     data,
+    depths,
     gates,
     growth,
     heads,
@@ -46,9 +47,9 @@ BENCHMARKS = {
 WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "processes": processes.run_processes,
          "duplicates": data.run_duplicates, "stored": data.run_stored, "building": many.run_building,
          "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing,
-         "samples": samples.samples}
-PICTURES = {"demo": scripts.picture, "samples": samples.picture}
-ON_ROOT = ["photos", "samples"]  # they need finished results
+         "samples": samples.samples, "depths": depths.depths}
+PICTURES = {"demo": scripts.picture, "samples": samples.picture, "depths": depths.picture}
+ON_ROOT = ["photos", "samples", "depths"]  # they need finished results, depths prepared images
 
 
 def machine(device: torch.device) -> str:
@@ -72,11 +73,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"benchmarks:\n{listed}",
     )
     made.add_argument("names", nargs="*", metavar="NAME", choices=[[], *BENCHMARKS, *WHOLE],
-                      help=f"which to run; all by default, {' and '.join(ON_ROOT)} only with --root")
+                      help=f"which to run; all by default, {', '.join(ON_ROOT)} only with --root")
     made.add_argument("--output", type=Path, default=Path("bench_results"),
                       help="folder of tables, pictures and the routing suite's experts (default: %(default)s)")
     made.add_argument("--root", type=Path,
                       help="folder for the demo's images, kept for the next run (default: a temporary one)")
+    made.add_argument("--model", default=str(DEMO_BACKBONE),
+                      help="backbone of depths: a name on the Hub or a folder (default: the demo's)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     made.add_argument("--seeds", type=int, nargs="+", default=[3407], help="seeds of the routing suite (default: 3407)")
     made.add_argument("--device", default="auto", help="auto takes a GPU if there is one; or cpu, cuda (default: %(default)s)")
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
                             options.large, time.process_time if options.cpu_time else time.perf_counter, options.output,
-                            options.seeds)
+                            options.seeds, options.model)
         everything = [name for name in (*BENCHMARKS, *WHOLE) if name not in ON_ROOT or options.root]
         for name in options.names or everything:
             print(f"\n== {name} ==", flush=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from common.cli.flags import LoraConfig
+from common.cli.flags import DEMO_BACKBONE, LoraConfig
 from common.files import write_csv, writing
 from common.training.evaluate import autocast
 
@@ -30,7 +30,7 @@ LIMIT = "limit"  # in a ratio: the time of a case's least work at the machine's 
 class Settings:
     """How to measure. large: models of BEiT-large's size, not BEiT-base's. quick: tiny ones and one round, to see
     that everything runs. root: a folder for data; output: that of the results. clock: seconds so far. seeds: of what is
-    measured more than once for its accuracy."""
+    measured more than once for its accuracy. model: the backbone of what is measured on --root."""
 
     device: torch.device
     repeats: int
@@ -40,6 +40,7 @@ class Settings:
     clock: Callable[[], float] = time.perf_counter
     output: Path = Path("bench_results")
     seeds: list[int] = field(default_factory=lambda: [3407])
+    model: str = str(DEMO_BACKBONE)
 
     @property
     def training_precision(self) -> str:

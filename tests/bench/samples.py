@@ -8,10 +8,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from common import models
+from common import mixture, models
 from common.cli.flags import MixtureConfig
 from common.cli.parser import parse
-from common import mixture
 from common.comparison import no_experts, ours
 from common.comparison.inputs import Inputs
 from common.comparison.score import Scores
