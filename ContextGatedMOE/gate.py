@@ -153,7 +153,9 @@ class Gate(InFloat32):
         if own is not None:
             self.class_score.weight.copy_(own[0])
             self.class_score.bias.copy_(own[1])
-        if found is None:
+        if found is None:  # another time the gate may have told of the experts
+            for value in (*self.score.parameters(), self.axes, self.origin, self.centres, self.precision):
+                value.zero_()
             return
         self.score.weight.copy_(found.weight)
         self.score.bias.copy_(found.bias)

@@ -109,7 +109,7 @@ def test_a_class_of_two_images_beside_one_of_two_hundred_is_found(seed):
     """Unless its mean is shrunk, it lies so far off in many directions that its own images are nearer to the other."""
     torch.manual_seed(seed)
     width, counts = 400, (200, 2, 200)
-    centres = torch.randn(3, width) * 3 / width**0.5 * 2
+    centres = torch.randn(3, width) * 8 / width**0.5
 
     def images(classes: Tensor) -> Tensor:
         return centres[classes] + torch.randn(len(classes), width)
