@@ -129,10 +129,10 @@ class Gate(InFloat32):
             units = F.relu(F.linear(F.layer_norm(tokens, tokens.shape[-1:]), self.hidden_weight, self.hidden_bias))  # (B, N, H)
             if not self.of_tokens:
                 return torch.cat([self._fewer(tokens[:, 0]), units[:, 0]], dim=1)
-            whole, others, parts = shares(tokens, mask)  # each (B or 1, n, N)
+            first, whole, others, parts = shares(tokens, mask)  # each (B or 1, n, N)
             mean = others @ tokens  # (B, 1, D)
             deviation = (others @ (tokens - mean).square() + 1e-12).sqrt()
-            pooled = torch.cat([tokens[:, :1], mean, deviation, *([parts @ tokens] if self.with_parts else [])], dim=1)
+            pooled = torch.cat([first @ tokens, mean, deviation, *([parts @ tokens] if self.with_parts else [])], dim=1)
             return torch.cat([self._fewer(pooled.flatten(1)), (whole @ units)[:, 0]], dim=1)
 
     def _fewer(self, pooled: Tensor) -> Tensor:
@@ -153,7 +153,9 @@ class Gate(InFloat32):
         if own is not None:
             self.class_score.weight.copy_(own[0])
             self.class_score.bias.copy_(own[1])
-        if found is None:
+        if found is None:  # another time the gate may have told of the experts
+            for value in (*self.score.parameters(), self.axes, self.origin, self.centres, self.precision):
+                value.zero_()
             return
         self.score.weight.copy_(found.weight)
         self.score.bias.copy_(found.bias)
@@ -194,16 +196,17 @@ def side_of_square(number: int) -> int:
     return side
 
 
-def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """How much each token counts in three means: over all (B, 1, N), over all but the first (B, 1, N), and over each of two by
-    two parts of the image (B, 4, N).
+def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How much each token counts in the first token (B, 1, N), and in three means: over all (B, 1, N), over all but the first
+    (B, 1, N), and over each of two by two parts of the image (B, 4, N).
 
     Where the tokens but the first, or with it, make a square, the parts are those of the square; else they are consecutive
     tokens. Without a mask B is 1. A part without tokens is the mean over all.
     """
     count = tokens.shape[1]
     present = tokens.new_ones(1, count) if mask is None else mask.to(tokens)  # (B, N)
-    without_first = torch.cat([torch.zeros_like(present[:, :1]), present[:, 1:]], dim=1) if count > 1 else present
+    first = present * (present.cumsum(1) == 1)  # before it there may be padding
+    without_first = present - first
     special = next((number for number in (1, 0) if side_of_square(count - number) ** 2 == count - number), None)
     if mask is None and special is not None and count > 1:
         side = side_of_square(count - special)
@@ -215,4 +218,4 @@ def shares(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
     whole, others = (row / row.sum(1, keepdim=True).clamp_min(1) for row in (present, without_first))
     others = torch.where(others.any(1, keepdim=True), others, whole)
     size = parts.sum(2, keepdim=True)
-    return whole[:, None], others[:, None], torch.where(size > 0, parts / size.clamp_min(1), whole[:, None])
+    return first[:, None], whole[:, None], others[:, None], torch.where(size > 0, parts / size.clamp_min(1), whole[:, None])

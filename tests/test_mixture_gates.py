@@ -140,12 +140,17 @@ def test_images_fit_the_gates_whatever_their_batches_and_one_expert_after_the_ot
         model = BEIT.joint()
         model.fit_gates({name: shape(name) for name in CLASSES})
         for gate, expected in zip(model.gates().values(), whole.gates().values(), strict=True):
-            assert (gate.score.weight - expected.score.weight).abs().max() < 1e-3 * expected.score.weight.abs().max()
+            pairs = [(gate.class_score.weight, expected.class_score.weight)]
+            if expected is whole.gates()[whole.routing_gates()[0]]:
+                pairs.append((gate.score.weight, expected.score.weight))
+            assert all((own - other).abs().max() < 1e-3 * other.abs().max() for own, other in pairs)
     later = BEIT.joint()
     later.statistics = {name: own for name, own in whole.statistics.items() if name != "b"}
     later.fit_gates({"b": batches["b"]})  # what is known of the others is used
-    for gate, expected in zip(later.gates().values(), whole.gates().values(), strict=True):
-        assert_equal(gate.score.state_dict(), expected.score.state_dict())
+    for name, expected in whole.gates().items():
+        assert_equal(later.gates()[name].class_score.state_dict(), expected.class_score.state_dict())
+        if name in whole.routing_gates():
+            assert_equal(later.gates()[name].score.state_dict(), expected.score.state_dict())
     chosen = [recorded(whole, {"pixel_values": inputs[name]})["beit.layers.1"].argmax(1) == n for n, name in enumerate(CLASSES)]
     assert torch.cat(chosen).float().mean() > 0.95
 
@@ -157,8 +162,9 @@ def test_padding_is_no_part_of_features_or_statistics():
     for size in (1, 3, 4, 9):
         mask = (torch.arange(14) < size).long().expand(2, -1)
         padded = torch.cat([tokens[:, :size], torch.full((2, 14 - size, 6), 1e3)], 1)
-        assert_close(gate.features(padded, mask), gate.features(tokens[:, :size]))
-        assert_close(gate.features(padded.flip(1), mask.flip(1).bool()), gate.features(tokens[:, :size].flip(1)))
+        whole = mask[:, :size]  # with it tokens are those of a text, also where without it they were a square image
+        assert_close(gate.features(padded, mask), gate.features(tokens[:, :size], whole))
+        assert_close(gate.features(padded.flip(1), mask.flip(1).bool()), gate.features(tokens[:, :size].flip(1), whole))
     model, found = BERT.shared(), []
     for fill in (None, 7):
         texts = {name: BERT.batch(8, seed) for seed, name in enumerate("abc")}
@@ -182,7 +188,7 @@ def test_familiarity_is_an_image_s_own_and_knows_strangers():
     for image in range(5):
         alone = model.predict(**rows(inputs, [image]))
         assert_close(alone.familiarity, whole.familiarity[[image]])
-        assert_close(alone.logits, whole.logits[[image]])
+        assert_close(alone.logits, whole.logits[[image]], atol=1e-3)  # weights of many thousands: tiny, separable classes
     known = model.predict(**BEIT.images()["b"][0][0]).familiarity.mean()
     torch.manual_seed(5)
     assert known > model.predict(pixel_values=torch.rand(7, 3, 16, 16) * 3).familiarity.mean()

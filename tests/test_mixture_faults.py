@@ -1,0 +1,122 @@
+"""Tests of what goes wrong around a mixture: images and labels of no use, interruptions, threads, and no experts' adapters."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from mixture_models import BEIT, PLAIN, logits, refused
+from torch import Tensor
+
+from ContextGatedMOE import ContextGatedMOE, MixtureError, routing
+from ContextGatedMOE.statistics import Statistics, discriminant
+
+
+def spoilt(value: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images with one such pixel."""
+    def changed(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = pixels.clone()
+        pixels[1, 2, 3, 4] = value
+        return pixels, labels
+
+    return changed
+
+
+BAD = {
+    "no number": (spoilt(float("nan")), "expert 'b' gives values at .* infinite or no numbers"),
+    "infinite": (spoilt(float("inf")), "expert 'b' gives values at .* infinite or no numbers"),
+    "a column": (lambda pixels, labels: (pixels, labels[:, None]), r"expert 'b' needs labels of shape \(7,\)"),
+    "too few": (lambda pixels, labels: (pixels, labels[1:]), r"expert 'b' needs labels of shape \(7,\)"),
+    "no whole numbers": (lambda pixels, labels: (pixels, labels.float()), r"expert 'b' needs labels of shape \(7,\)"),
+    "below": (lambda pixels, labels: (pixels, labels - 1), "expert 'b' has 5 classes, but an image is labelled -1"),
+    "above": (lambda pixels, labels: (pixels, labels + 1), "expert 'b' has 5 classes, but an image is labelled 5"),
+}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("part", ["training", "validation"])
+@pytest.mark.parametrize("kind", BAD)
+def test_images_and_labels_of_no_use_are_refused_by_expert_and_leave_the_gates_alone(kind, part, passes):
+    change, message = BAD[kind]
+    model, good = BEIT.joint(passes=passes), BEIT.images()
+    pixels, labels = good["b"][0][0]["pixel_values"], good["b"][0][1]
+    bad = {**good, "b": [({"pixel_values": images}, own) for images, own in [change(pixels, labels)]] + good["b"]}
+    known = (model.statistics, model.router.start, model.shrinkage, model.chosen_gates)
+    with refused(model, message):
+        model.fit_gates(*((bad, good) if part == "training" else (good, bad)))
+    assert known == (model.statistics, model.router.start, model.shrinkage, model.chosen_gates)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("run", [
+    lambda model: logits(model, BEIT.batch(2)), lambda model: model.predict(**BEIT.batch(2)),
+    lambda model: model.fit_gates(BEIT.images()), lambda model: model.fit_gates(BEIT.images(), BEIT.images())])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_interruption_in_the_middle_of_a_pass_leaves_nothing_of_it(passes, run):
+    model = BEIT.joint(passes=passes)
+    expected = logits(model, BEIT.batch(2))
+    hook = model.base_model.beit.layers[1].mlp.fc1.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model)
+    hook.remove()
+    assert routing._thread.running is None and routing._thread.weights is None
+    with pytest.raises(MixtureError, match="belongs to a mixture"):
+        model.base_model.classifier(torch.zeros(2, 16))
+    assert torch.equal(logits(model, BEIT.batch(2)), expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_mixture_is_in_evaluation_mode_until_the_last_that_asks_for_it_has_ended(order):
+    """As in several threads, of which one ends before the other."""
+    model = BEIT.joint().train()
+    model.base_model.beit.eval()
+    modes, blocks = [module.training for module in model.modules()], [model.evaluating(), model.evaluating()]
+    for block in blocks:
+        block.__enter__()
+    for number in order:
+        assert not any(module.training for module in model.modules())
+        blocks[number].__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.remove_expert("a"),
+    lambda model: model.add_expert("d", BEIT.experts(["d"], (2,))[0], classes=["p", "q"], images=BEIT.labelled(3, 2)),
+    lambda model: model.add_expert("d", None, classes=["p", "q"], images=BEIT.labelled(3, 2))])
+def test_nothing_is_refused_once_experts_have_changed(change):
+    model = BEIT.joint(fit=True)
+    model.refuse_below = 0.25
+    change(model)
+    assert model.refuse_below is None
+
+
+@pytest.mark.parametrize("case", [BEIT, PLAIN])
+def test_noise_is_less_familiar_than_known_images_of_two_classes_each(case):
+    classes = {name: ["p", "q"] for name in "abc"}
+    model = ContextGatedMOE(case.build(), case.experts(sizes=(2, 2, 2)), classes, gate_hidden=8)
+    images = {name: case.labelled(number, 2, 140) for number, name in enumerate("abc")}
+    model.fit_gates({name: own[:10] for name, own in images.items()})
+    known = torch.cat([model.predict(**inputs).familiarity for own in images.values() for inputs, _ in own[10:]])
+    torch.manual_seed(1)
+    noise = model.predict(**{name: torch.randn_like(tensor) * 2 + 1 for name, tensor in case.batch(100).items()}).familiarity
+    assert known.mean() > noise.mean() and (known > noise.median()).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_class_of_two_images_beside_one_of_two_hundred_is_found(seed):
+    """Unless its mean is shrunk, it lies so far off in many directions that its own images are nearer to the other."""
+    torch.manual_seed(seed)
+    width, counts = 400, (200, 2, 200)
+    centres = torch.randn(3, width) * 8 / width**0.5
+
+    def images(classes: Tensor) -> Tensor:
+        return centres[classes] + torch.randn(len(classes), width)
+
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    found = discriminant([Statistics.of(images(labels), labels, 3)], 0.3)
+    asked = torch.arange(3).repeat_interleave(200)
+    answers = (images(asked) @ found.weight.T + found.bias).argmax(1)
+    assert (answers[asked == 1] == 1).float().mean() > 0.5
+    assert (answers == asked).float().mean() > 0.7
