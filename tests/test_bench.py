@@ -117,7 +117,7 @@ def test_operations_are_those_of_the_matrix_products_of_all_experts_and_gates():
     assert forward_flops(base, image) == 2 * (linear + attention) + patches + head
     widths = [(32, 32)] * 4 + [(32, 64), (64, 32)]
     updates = sum(2 * tokens * rank * (wide + out) for wide, out in widths)
-    pooled = 2 * tokens * ((2 + 4) * 32 + hidden)  # mean, deviation and four parts of the tokens, the mean of the hidden units
+    pooled = 2 * tokens * ((3 + 4) * 32 + hidden)  # first token, mean, deviation and four parts, the mean of the hidden units
     scores = 2 * 2 * (7 * 32 + hidden) * experts_in_all  # for the experts and within each
     gate = 2 * tokens * 32 * hidden + pooled + scores
     added = forward_flops(mixture(base, experts_in_all), image) - forward_flops(base, image)

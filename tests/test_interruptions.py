@@ -51,11 +51,11 @@ def end_after_saves(patch, count):
 
 KILLED = {  # script -> where it is killed, one time after the other
     "Data_Preparation": [("hashlib.sha256", 20)],  # while the pool draws
-    "Generate_Base_Model": [("os.replace", 4)],  # in the second task's second epoch
+    "Generate_Base_Model": [("os.replace", 4)],  # while a model is written
     "Benchmark": [("os.replace", 3)],
     "Finetune": [("torch.optim.AdamW.step", 5), ("os.replace", 15)],
     "Lora_Finetune": [("common.results.folder.write_json", 1)],  # all is there but the mark that it is
-    "CGM_Lora": [("torch.optim.AdamW.step", 9), ("common.results.folder.remove", 1)],  # its checkpoints are still there
+    "CGM_Lora": [("os.replace", 3), ("common.results.folder.write_json", 1)],
 }
 
 

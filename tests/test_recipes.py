@@ -32,7 +32,7 @@ def test_settings_follow_from_the_number_of_images_unless_they_are_given():
         return config.epochs, config.accumulation_steps, config.augment
 
     assert recipe(2400) == recipe(70_000) == (25, 4, False)  # the documented experiment
-    assert recipe(300) == recipe(1200) == (10, 1, True)
+    assert recipe(300) == recipe(1200) == (8, 1, True)
     assert 10 < recipe(1800)[0] < 25 and recipe(1800)[1:] == (2, True)
     assert recipe(300, epochs=3, accumulation_steps=2, augment=False) == (3, 2, False)
     assert LoraConfig().epochs is None

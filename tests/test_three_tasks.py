@@ -109,7 +109,7 @@ def test_an_expert_added_by_its_own_images_gives_the_gates_that_all_images_give(
     whole = steps.build(config, tasks)
     whole.fit_gates({data.task.key: steps.Batches(data.train, 8) for data in tasks})
     keep_gates(whole, set(ours.gates()))
-    whole.shrinkage = ours.shrinkage
+    whole.shrinkage, whole.usual_familiarity = ours.shrinkage, ours.usual_familiarity
     solve(whole)
     numbers = {name: tensor for name, tensor in ours.state_dict().items() if name.endswith(("coefficient", *HEAD_NUMBERS))}
     assert whole.load_state_dict(numbers, strict=False).unexpected_keys == []
