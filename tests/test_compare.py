@@ -112,8 +112,8 @@ def test_what_a_comparison_lacks_is_said_in_one_line_before_the_work(compared, t
     monkeypatch.setattr(ours, "mixture", lambda *_: 1 / 0)
     again = compared.copy(tmp_path / "root")
     (again.results / TABLE).unlink()
-    shutil.rmtree(models.base_folder(again.config("CGM_Lora"), again.tasks()[0].task))
-    with pytest.raises(UserError, match=r"Generate_Base_Model\.py") as told:
+    (again.results / "Lora_Finetune" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"Lora_Finetune\.py") as told:
         again.run("CGM_Lora", "--compare")
     assert "\n" not in str(told.value)
     with pytest.raises(UserError, match="two tasks or more"):

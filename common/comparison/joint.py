@@ -1,21 +1,24 @@
-"""One LoRA for all tasks, trained on all of them together; and the heads that training begins with."""
+"""One LoRA for all tasks, trained on all of them together; and the head that training begins with."""
 
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from common import models
-from common.cli.flags import MixtureConfig, TrainingFlags
+from common.cli.flags import BaseModelConfig, MixtureConfig, TrainingFlags
 from common.cli.parser import command
 from common.comparison.inputs import Inputs
 from common.comparison.score import Scores
 from common.comparison.timing import collect
-from common.data.tensors import TaskData
+from common.data.tensors import ImageSet
 from common.files import read_json
 from common.models.lora import add_lora
+from common.training.evaluate import features
+from common.training.head import fit_head
 from common.training.loop import fit
 from common.training.objective import JointObjective
 
@@ -23,18 +26,17 @@ from common.training.objective import JointObjective
 def joint_lora(inputs: Inputs) -> Scores:
     """One LoRA of the experts' total rank for all tasks' classes, trained on all tasks together, tasks weighing alike.
 
-    It starts from the base models' heads, as the experts do, and learns by their recipe. With many tasks and the rank of all
+    It starts from a head fitted to the plain backbone's features, as the experts do, and learns by their recipe. With many tasks and the rank of all
     their experts the recipe's learning rate can be too high, so it is also trained with that rate over the number of tasks;
-    the one of lower validation loss answers. Raises UserError if a base model or the recipe is missing.
+    the one of lower validation loss answers. Raises UserError if the recipe is missing.
     """
     config, tasks = inputs.config, inputs.tasks
-    folder = Path(config.root) / "Results" / "Lora_Finetune"
-    recipe = read_json(folder / "config.json", f"run {command('Lora_Finetune', config)} --overwrite",
-                       {"lora_rank": int, "lora_alpha": int})
+    recipe = recipe_of(config)
     kept = {field.name: recipe[field.name] for field in dataclasses.fields(TrainingFlags) if field.name in recipe}
     settings = dataclasses.replace(config, **kept)
     rank = sum(max(len(layer[task][0]) for layer in inputs.adapters.values()) for task in range(len(tasks)))
-    head, objective = base_heads(config, tasks), JointObjective(torch.from_numpy(inputs.space.first))
+    objective = JointObjective(torch.from_numpy(inputs.space.first))
+    head = fitted_head(inputs, objective)
     trained = []
     for rate in (settings.learning_rate, settings.learning_rate / len(tasks)):
         base = models.load_backbone(config.model, tasks[0].classes, config.seed)
@@ -50,11 +52,18 @@ def joint_lora(inputs: Inputs) -> Scores:
     return Scores(scores, seconds[-1], count, inputs.merged_parameters, f"learning rate {rate:g}")
 
 
-def base_heads(config: MixtureConfig, tasks: list[TaskData]) -> nn.Linear:
-    """The heads of the tasks' base models, one after the other. Raises UserError if one is missing."""
-    heads = [models.load_base(config, data).classifier for data in tasks]
-    joint = nn.Linear(heads[0].in_features, sum(head.out_features for head in heads))
-    with torch.no_grad():
-        joint.weight.copy_(torch.cat([head.weight for head in heads]))
-        joint.bias.copy_(torch.cat([head.bias for head in heads]))
-    return joint
+def recipe_of(config: MixtureConfig) -> dict[str, Any]:
+    """The settings that the experts were trained with. Raises UserError if they are missing."""
+    path = Path(config.root) / "Results" / "Lora_Finetune" / "config.json"
+    return read_json(path, f"run {command('Lora_Finetune', config)} --overwrite", {"lora_rank": int, "lora_alpha": int})
+
+
+def fitted_head(inputs: Inputs, objective: JointObjective) -> nn.Linear:
+    """A head over all tasks' classes, fitted to the plain backbone's features of all tasks: what Generate_Base_Model.py does for
+    one task. Heads of single tasks side by side would begin with answers that are sure and wrong."""
+    config, classes = inputs.config, [name for data in inputs.tasks for name in data.classes]
+    base = models.load_backbone(config.model, classes, config.seed)
+    train, validation = (ImageSet(features(base, part, config).inputs, objective.labels(part))
+                         for part in (inputs.train, inputs.validation))
+    fit_head(base.classifier, train, validation, BaseModelConfig(root=config.root, model=config.model, device=config.device))
+    return base.classifier

@@ -61,7 +61,7 @@ class MethodComparison:
 
     def run(self) -> pd.DataFrame:
         """Ask every method, with every seed where that makes a difference; see `Comparison.table`."""
-        joint.base_heads(self.inputs.config, self.inputs.tasks)  # what is missing is to be known before the work
+        joint.recipe_of(self.inputs.config)  # what is missing is to be known before the work
         for name, scores in ours.mixture(self.inputs):
             self.comparison.put(name, OURS, scores)
         for method in METHODS:
