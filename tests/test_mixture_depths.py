@@ -123,7 +123,7 @@ def test_the_first_layer_is_the_same_whatever_the_default_dtype():
 
 def test_validation_images_may_be_of_several_shapes():
     model, images = PLAIN.joint(), PLAIN.images()
-    mixed = {name: [({"x": inputs["x"][:, : 5 - number % 2 * 2]}, labels) for number, (inputs, labels) in enumerate(own)]
+    mixed = {name: [({"x": inputs["x"][:, : 5 - number % 2 * 2]}, labels) for number, (inputs, labels) in enumerate(own[::-1])]
              for name, own in images.items()}
     history = model.fit_gates(images, mixed, epochs=1)
     assert [row["epoch"] for row in history] == [0, 1]
