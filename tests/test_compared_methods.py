@@ -332,9 +332,15 @@ def test_the_joint_lora_has_the_total_rank_a_fitted_head_and_the_better_of_two_l
 
 def test_a_mixture_is_asked_in_every_form_and_is_then_as_it_was(inputs, monkeypatch):
     seen = []
-    monkeypatch.setattr(ours, "answers", lambda _, model: seen.append(model.top_k) or Scores(None, 1.0, 0, 0))
-    assert [name for name, _ in ours.mixture(inputs)] == ["mixture", "mixture, top 1"]
-    assert seen == [None, 1] and inputs.mixture.top_k is None
+    forms = "mixture", "mixture, top 1", "mixture, two passes", "mixture, no adapters"
+
+    def answers(_, model):
+        seen.append((model.top_k, model.passes, len(model.without_adapter)))
+        return Scores(None, 1.0, 0, 0)
+
+    monkeypatch.setattr(ours, "answers", answers)
+    assert tuple(name for name, _ in ours.mixture(inputs)) == forms
+    assert seen == [(None, 1, 0), (1, 1, 0), (None, 2, 0), (None, 1, 2)] and inputs.mixture.top_k is None
 
 
 def test_few_experts_are_all_used_and_of_many_one_unless_it_is_said(config, tasks):

@@ -1,5 +1,6 @@
 """The mixture itself, in the ways in which it can be asked."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,14 +10,17 @@ from common import models
 from common.comparison.inputs import Inputs
 from common.comparison.score import MIXTURE, Scores
 from common.comparison.timing import collect
+from common.mixture import build, fit_gates
 from common.training.evaluate import logits_of
 from ContextGatedMOE import ContextGatedMOE
 
 FORMS: dict[str, dict[str, Any]] = {MIXTURE: {}, f"{MIXTURE}, top 1": {"top_k": 1}}  # how a form sets the mixture's attributes
 
+ANEW = {f"{MIXTURE}, two passes": {"passes": 2}, f"{MIXTURE}, no adapters": {"quick": True}}  # settings it is fitted anew with
+
 
 def mixture(inputs: Inputs) -> Iterator[tuple[str, Scores]]:
-    """The finished mixture in all its forms. No seed makes a difference to its gates."""
+    """The finished mixture in all its forms, and others of the same images. No seed makes a difference to the gates."""
     model = inputs.mixture
     for name, attributes in FORMS.items():
         before = {key: getattr(model, key) for key in attributes}
@@ -25,6 +29,11 @@ def mixture(inputs: Inputs) -> Iterator[tuple[str, Scores]]:
         yield name, answers(inputs, model)
         for key, value in before.items():
             setattr(model, key, value)
+    for name, settings in ANEW.items():
+        config = dataclasses.replace(inputs.config, **settings, compare=False)
+        model = build(config, inputs.tasks)
+        fit_gates(model, config, inputs.tasks)
+        yield name, answers(inputs, model)
 
 
 def answers(inputs: Inputs, model: ContextGatedMOE) -> Scores:
