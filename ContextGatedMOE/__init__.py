@@ -5,7 +5,8 @@
 """
 
 from ContextGatedMOE.adapters import Expert, MixtureError
-from ContextGatedMOE.model import ContextGatedMOE, Prediction
+from ContextGatedMOE.forward import Prediction
+from ContextGatedMOE.model import ContextGatedMOE
 from ContextGatedMOE.reading import read_expert
 
 __all__ = ["ContextGatedMOE", "Expert", "MixtureError", "Prediction", "read_expert"]

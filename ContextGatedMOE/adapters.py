@@ -1,6 +1,6 @@
 """Experts as plain tensors: whether they fit a base model and each other, and all of them stacked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -194,3 +194,23 @@ def stack_updates(experts: Sequence[Expert], layers: Mapping[str, nn.Linear]) ->
                 starts[name] = rows.stop
         expert.release()
     return stacks
+
+
+def cut_experts(names: list[str], ranks: dict[str, list[int]], heads: list[str], sizes: list[int],
+                tensors: dict[str, Tensor], without_adapter: Collection[str] = ()) -> list[Expert]:
+    """Cut stacked tensors, keyed "<layer>.<tensor>", into experts again. sizes: number of classes of each expert."""
+    experts = [Expert(name) for name in names]
+    for layer, own in ranks.items():
+        downs, ups = tensors[f"{layer}.lora_A"].split(own), tensors[f"{layer}.lora_B"].split(own, dim=1)
+        for expert, down, up in zip(experts, downs, ups, strict=True):
+            if down.shape[0]:
+                expert.updates[layer] = (down, up)
+    for layer in heads:
+        weights = tensors[f"{layer}.expert_weight"]
+        biases = tensors.get(f"{layer}.expert_bias", [None] * len(experts))
+        if weights.ndim == 2:  # one after the other
+            weights, biases = weights.split(sizes), biases.split(sizes)
+        for expert, weight, bias in zip(experts, weights, biases, strict=True):
+            if expert.name not in without_adapter:
+                expert.heads[layer] = (weight, bias)
+    return experts

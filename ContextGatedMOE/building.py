@@ -2,13 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ContextGatedMOE.adapters import Expert, MixtureError, head_of, stack_updates
 from ContextGatedMOE.gate import Gate
@@ -204,8 +204,8 @@ def remove_hooks(module: nn.Module) -> None:
 def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_places: list[tuple[str, int]]) -> None:
     """Give new gates and a new head what the old ones have learned of the classes that are in both.
 
-    old_places, new_places: (expert, number of its class) of every row of the gates' scores. The fixed first layer of a gate stays
-    as it is too, so that statistics of old and new experts are of the same features.
+    old_places, new_places: (expert, number of its class) of every row of the gates' scores. The fixed first layer of a gate
+    stays as it is too, so that statistics of old and new experts are of the same features.
     """
     both = [(new_places.index(place), row) for row, place in enumerate(old_places) if place in new_places]
     rows, old_rows = ([pair[side] for pair in both] for side in (0, 1))
@@ -230,26 +230,6 @@ def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_pl
                 elif len(value):
                     own.fill_(value.mean())  # for a new expert, what holds for the others
                     own[[row for row, _ in kept]] = value[[row for _, row in kept]]
-
-
-def cut_experts(names: list[str], ranks: dict[str, list[int]], heads: list[str], sizes: list[int],
-                tensors: dict[str, Tensor], without_adapter: Collection[str] = ()) -> list[Expert]:
-    """Cut stacked tensors, keyed "<layer>.<tensor>", into experts again. sizes: number of classes of each expert."""
-    experts = [Expert(name) for name in names]
-    for layer, own in ranks.items():
-        downs, ups = tensors[f"{layer}.lora_A"].split(own), tensors[f"{layer}.lora_B"].split(own, dim=1)
-        for expert, down, up in zip(experts, downs, ups, strict=True):
-            if down.shape[0]:
-                expert.updates[layer] = (down, up)
-    for layer in heads:
-        weights = tensors[f"{layer}.expert_weight"]
-        biases = tensors.get(f"{layer}.expert_bias", [None] * len(experts))
-        if weights.ndim == 2:  # one after the other
-            weights, biases = weights.split(sizes), biases.split(sizes)
-        for expert, weight, bias in zip(experts, weights, biases, strict=True):
-            if expert.name not in without_adapter:
-                expert.heads[layer] = (weight, bias)
-    return experts
 
 
 def is_built(model: nn.Module) -> bool:

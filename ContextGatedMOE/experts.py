@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ContextGatedMOE import building, calibration, fitting
-from ContextGatedMOE.adapters import Expert, MixtureError, check_together
+from ContextGatedMOE.adapters import Expert, MixtureError, check_together, cut_experts
 from ContextGatedMOE.fitting import PLAIN
 from ContextGatedMOE.heads import HEAD_NUMBERS
 from ContextGatedMOE.labels import class_names, output_columns
@@ -58,7 +58,8 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
         model.same, model.statistics, model.refuse_below = [list(group) for group in same], dict(statistics), None
         new = build(model, chosen, classes)
         building.carry_over(old, new, places, places_of(model))
-        bare = set(model.without_adapter) >= set(model.expert_names) or set(state["without_adapter"]) >= set(state["expert_names"])
+        bare = any(set(without) >= set(names) for without, names in (
+            (model.without_adapter, model.expert_names), (state["without_adapter"], state["expert_names"])))
         if bare and (model.statistics or images):
             model.router.start = choose_start(model)  # what is known of the others is the same wherever experts begin
         if images:
@@ -104,7 +105,8 @@ def remove(model: nn.Module, name: str) -> None:
     classes = None if model.classes is None else {key: value for key, value in model.classes.items() if key != name}
     kept = [[entry for entry in group if entry[0] != name] for group in model.same]
     rebuild(model, [expert for expert in experts_of(model) if expert.name != name], classes or None,
-            [group for group in kept if len(group) > 1], {key: value for key, value in model.statistics.items() if key != name}, {})
+            [group for group in kept if len(group) > 1],
+            {key: value for key, value in model.statistics.items() if key != name}, {})
 
 
 def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches], epochs: int,
@@ -246,5 +248,5 @@ def experts_of(model: nn.Module) -> list[Expert]:
     layers = model.mixture_layers()
     tensors = {f"{name}.{key}": value for name, module in layers.items() for key, value in module.state_dict().items()}
     ranks = {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)}
-    return building.cut_experts(model.expert_names, ranks, [name for name in layers if name not in ranks], model.sizes, tensors,
-                                model.without_adapter)
+    return cut_experts(model.expert_names, ranks, [name for name in layers if name not in ranks], model.sizes, tensors,
+                       model.without_adapter)

@@ -110,7 +110,7 @@ class JointHead(nn.Module):
         return torch.cat([part.log_softmax(-1) for part in logits.split(self.classes.sizes, dim=-1)], dim=-1)
 
     def merged(self, joint: Tensor) -> Tensor:
-        """Log-probabilities (..., outputs) of the outputs from those of all classes (..., sum of C_e): the same classes add up."""
+        """Log-probabilities (..., outputs) from those of all classes (..., sum of C_e): classes that are the same add up."""
         if self.outputs == len(self.columns):
             return joint
         largest = joint.amax(-1, keepdim=True)

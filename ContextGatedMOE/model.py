@@ -1,22 +1,19 @@
 """The mixture: a base model with frozen LoRA experts, weighed for each image by gates that are never told the task."""
 
 import inspect
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ContextGatedMOE import building, experts, fitting
 from ContextGatedMOE.adapters import Expert, MixtureError, at_least_one, check_together
+from ContextGatedMOE.asking import Asking
 from ContextGatedMOE.exporting import Exporting
-from ContextGatedMOE.forward import Forward, Prediction
+from ContextGatedMOE.forward import Forward
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
 from ContextGatedMOE.labels import class_lists
@@ -28,13 +25,8 @@ from ContextGatedMOE.training import train_gates
 
 GATE_HIDDEN = 128
 
-# How many blocks of `evaluating` a mixture is in, and the modules that are to be in training mode after the last. Not a part of
-# the mixture, which is copied and saved.
-_evaluating: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
-_changing_modes = threading.Lock()
 
-
-class ContextGatedMOE(Saving, Exporting, nn.Module):
+class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
     """A frozen base model with frozen LoRA experts, mixed per image by small gates.
 
     Before the first blocks a gate looks at an image's tokens and finds evidence for every class of every expert (see `Gate`);
@@ -105,8 +97,8 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         base_model: the model the adapters were trained on; its adapted layers are replaced in place. adapters: expert name ->
         adapter folder or Hub name, or None for an expert that has images and classes only: its answer is what the gates know of
         its classes. An empty mapping gives the base model itself. classes: expert name -> its classes in the order of its
-        head's outputs, or its `id2label`: the answer is one of all. Without, heads of one label space are mixed. same: groups of
-        (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a gate's first layer. top_k: how
+        head's outputs, or its `id2label`: the answer is one of all. Without, heads of one label space are mixed. same: groups
+        of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a gate's first layer. top_k: how
         many experts an image uses (all if None). passes: 2 lets the plain base model find the expert at all depths, before the
         one that it finds likeliest answers in a second pass.
 
@@ -221,73 +213,6 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         """The trainable parameters, in fp32: those of the gates and, where there is one, the head's three numbers."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    # ---- passes ----
-
-    @contextmanager
-    def record_gates(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the weights of the next forward pass: {layer name: (B, E)}, experts in `expert_names` order.
-
-        Named are the blocks, or layers outside of any block, for which the experts are weighed. The tensors carry gradients
-        where the pass does. Passes of other threads are not recorded.
-        """
-        record: dict[str, Tensor] = {}
-        with self.router.using(record=record):
-            yield record
-
-    @contextmanager
-    def fixed_gates(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Replace every gate by these weights, by expert name; experts not named get 0. Raises MixtureError."""
-        with self.router.using(fixed=self.weights_of(weights)):
-            yield
-
-    def weights_of(self, weights: Mapping[str, float]) -> Tensor:
-        """Weights by expert name as a tensor (E,), 0 for experts not named. Raises MixtureError for unknown names."""
-        unknown = sorted(set(weights) - set(self.expert_names))
-        if unknown:
-            raise MixtureError(f"no expert is called {unknown[0]!r}; there are {', '.join(self.expert_names) or 'none'}")
-        return torch.tensor([float(weights.get(name, 0.0)) for name in self.expert_names])
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for the block, and until blocks of other threads have ended too; afterwards every module has the mode
-        it had."""
-        with _changing_modes:
-            count, trained = _evaluating.get(self) or (0, [module for module in self.modules() if module.training])
-            if trained and not count:
-                self.eval()
-            _evaluating[self] = count + 1, trained
-        try:
-            yield
-        finally:
-            with _changing_modes:
-                count, trained = _evaluating.pop(self)
-                if count > 1:
-                    _evaluating[self] = count - 1, trained
-                else:
-                    for module in trained:
-                        module.training = True
-
-    @torch.no_grad()
-    def predict(self, *args: Any, **kwargs: Any) -> Prediction:
-        """Logits, weights and familiarity of a batch, from one pass in evaluation mode; arguments as of the base model."""
-        features, record = {}, {}
-        asked = {"plain_features" if self.passes == 2 else "features": features}
-        with self.evaluating(), self.router.using(record=record, **asked):
-            output = self(*args, **kwargs)
-        raw, (usual, spread) = self.familiarity_of(features), self.usual_familiarity
-        familiarity = None if raw is None else F.softsign((raw - usual) / spread)
-        return Prediction(output if isinstance(output, Tensor) else output.logits, record, familiarity)
-
-    def familiarity_of(self, features: Mapping[str, Tensor]) -> Tensor | None:
-        """How familiar images are (B,) to the gates that tell of the experts, from what these see, {gate name: (B, K)}; before it
-        is compared with what is usual. None where no gate was fitted."""
-        gates = {name: gate for name, gate in self.gates().items() if name in self.routing_gates() and gate.knows_classes}
-        if not gates:
-            return None
-        counts = torch.stack([gate.coefficient for gate in gates.values()]) + 1e-6
-        near = torch.stack([gate.familiarity(features[name]) for name, gate in gates.items()])  # (gates, B)
-        return (counts / counts.sum()) @ near
-
     # ---- gates ----
 
     def fit_gates(self, images: Mapping[str, fitting.Batches], validation: Mapping[str, fitting.Batches] | None = None, *,
@@ -298,8 +223,8 @@ class ContextGatedMOE(Saving, Exporting, nn.Module):
         pair of tensors. Labels are positions in the expert's classes. Experts whose images were seen before may be left out.
         validation: the same, of other images of all experts, each read once: 600 of them, or 8 of an expert if that is more,
         choose which gates stay, how much each counts, and the head's numbers. epochs: the gates are then trained on for so
-        many, by what they saw of about 4,000 images; the best by validation stays. Returns a row for each epoch, the start being
-        epoch 0, with loss and accuracy of training and validation. Raises MixtureError and leaves the gates as they were.
+        many, by what they saw of about 4,000 images; the best by validation stays. Returns a row for each epoch, the start
+        being epoch 0, with loss and accuracy of training and validation. Raises MixtureError and leaves the gates as they were.
         """
         return experts.fit(self, images, validation or {}, epochs, learning_rate)
 

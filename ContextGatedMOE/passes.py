@@ -9,7 +9,6 @@ from torch import Tensor
 from ContextGatedMOE.adapters import MixtureError
 
 if TYPE_CHECKING:
-    from ContextGatedMOE.gate import Gate
     from ContextGatedMOE.routing import Router
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ContextGatedMOE import building, hub, identity
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.adapters import MixtureError, cut_experts
 from ContextGatedMOE.heads import HEAD_GATE
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.statistics import Statistics
@@ -152,8 +152,8 @@ class Saving:
         model = None
         try:
             sizes = [len(config["classes"][name]) if config["classes"] else 1 for name in config["experts"]]
-            experts = building.cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors,
-                                           config["without_adapter"])
+            experts = cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors,
+                                  config["without_adapter"])
             same = [[(expert, name) for expert, name in group] for group in config["same"]]
             model = cls(
                 base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"],

@@ -134,8 +134,10 @@ class _Whitening:
 
 
 def _discriminant(experts: list[Statistics], whiten: _Whitening) -> Discriminant:
-    """A class's mean is shrunk towards the middle of the classes by what its images cannot tell (James and Stein 1961): the mean
-    of few images lies far off in many directions, and without this such a class is hardly ever found."""
+    """A class's mean is shrunk towards the middle of the classes by what its images cannot tell (James and Stein 1961).
+
+    The mean of few images lies far off in many directions; without this such a class is hardly ever found.
+    """
     whitened = whiten(torch.cat([expert.means for expert in experts]).double())  # (C, K)
     centre = torch.stack([part.mean(0) for part in whitened.split([len(expert.means) for expert in experts])]).mean(0)
     # The mean of n images is off by a covariance / n: its square is larger by this much than that of the true mean.

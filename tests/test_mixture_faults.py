@@ -120,3 +120,19 @@ def test_a_class_of_two_images_beside_one_of_two_hundred_is_found(seed):
     answers = (images(asked) @ found.weight.T + found.bias).argmax(1)
     assert (answers[asked == 1] == 1).float().mean() > 0.5
     assert (answers == asked).float().mean() > 0.7
+
+
+class WithoutFp64(Tensor):
+    """A tensor on a device that has no fp64, as Apple's."""
+
+    def double(self) -> Tensor:
+        raise TypeError("no fp64")
+
+    def cpu(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_sums_are_made_where_there_is_fp64():
+    features, labels = torch.randn(6, 3), torch.arange(6) % 2
+    found, expected = (Statistics.of(values, labels, 2) for values in (features.as_subclass(WithoutFp64), features))
+    assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in vars(expected))

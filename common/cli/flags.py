@@ -132,8 +132,8 @@ class GateFlags:
     gate_hidden: int = option(128, "units of each gate's first layer")
     top_k: int = option(0, "experts that an image uses; 0 is all of up to 16 experts, and one where there are more")
     passes: Literal[1, 2] = option(
-        1, "1: one pass, in which the first third of the blocks finds the experts and the others use them; 2: the plain backbone "
-           "finds the expert, which answers in a second pass: more accurate, and takes twice as long")
+        1, "1: one pass, in which the first third of the blocks finds the experts and the others use them; 2: the plain "
+           "backbone finds the expert, which answers in a second pass: more accurate, and takes twice as long")
     quick: bool = option(False, "a mixture from images alone: no adapters, the gates' knowledge of the classes is the answer")
     refuse: float = option(0.0, "answer 'none' to images that look less familiar than this share of the validation images does")
     add_expert: list[str] = field(default_factory=list, metadata={
@@ -150,8 +150,8 @@ class PreparationConfig(SourceFlags, RunFlags):
 class BaseModelConfig(TrainingFlags, RunFlags):
     """Settings of Generate_Base_Model.py."""
 
-    epochs: int = option(10, "penalties from strong to weak for which the head is fitted, the best by validation is taken; with "
-                             "--learning_rate, passes over the training images' features")
+    epochs: int = option(10, "penalties from strong to weak for which the head is fitted, the best by validation is taken; "
+                             "with --learning_rate, passes over the training images' features")
     learning_rate: float | None = option(
         None, "train the head by AdamW at this rate (2e-4 in the documented experiment) instead of fitting it to the end")
 
@@ -219,7 +219,8 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
 
     def added_experts(self) -> dict[str, Path | None]:
         """The experts to add: name -> folder of the adapter, None for one without."""
-        return {name: Path(folder) if folder else None for name, _, folder in (entry.partition("=") for entry in self.add_expert)}
+        entries = (entry.partition("=") for entry in self.add_expert)
+        return {name: Path(folder) if folder else None for name, _, folder in entries}
 
 
 @dataclass

@@ -26,9 +26,9 @@ from common.training.objective import JointObjective
 def joint_lora(inputs: Inputs) -> Scores:
     """One LoRA of the experts' total rank for all tasks' classes, trained on all tasks together, tasks weighing alike.
 
-    It starts from a head fitted to the plain backbone's features, as the experts do, and learns by their recipe. With many tasks and the rank of all
-    their experts the recipe's learning rate can be too high, so it is also trained with that rate over the number of tasks;
-    the one of lower validation loss answers. Raises UserError if the recipe is missing.
+    It starts from a head fitted to the plain backbone's features, as the experts do, and learns by their recipe. With many tasks
+    and the rank of all their experts the recipe's learning rate can be too high, so it is also trained with that rate over the
+    number of tasks; the one of lower validation loss answers. Raises UserError if the recipe is missing.
     """
     config, tasks = inputs.config, inputs.tasks
     recipe = recipe_of(config)
@@ -59,8 +59,10 @@ def recipe_of(config: MixtureConfig) -> dict[str, Any]:
 
 
 def fitted_head(inputs: Inputs, objective: JointObjective) -> nn.Linear:
-    """A head over all tasks' classes, fitted to the plain backbone's features of all tasks: what Generate_Base_Model.py does for
-    one task. Heads of single tasks side by side would begin with answers that are sure and wrong."""
+    """A head over all tasks' classes, fitted to the plain backbone's features, as Generate_Base_Model.py does for one task.
+
+    Heads of single tasks side by side would begin with answers that are sure and wrong.
+    """
     config, classes = inputs.config, [name for data in inputs.tasks for name in data.classes]
     base = models.load_backbone(config.model, classes, config.seed)
     train, validation = (ImageSet(features(base, part, config).inputs, objective.labels(part))

@@ -20,7 +20,8 @@ ITERATIONS = 100  # of LBFGS at each penalty, from where the one before ended
 def fit_head(head: nn.Linear, train: ImageSet, validation: ImageSet, config: TrainingFlags) -> Fit:
     """Multinomial logistic regression on features (N, D), with the penalty of the lowest validation loss.
 
-    Each epoch is one of `config.epochs` penalties, the strongest first (regularisation path, Friedman et al. 2010, section 2.5).
+    Each epoch is one of `config.epochs` penalties, the strongest first (regularisation path, Friedman et al. 2010, section
+    2.5).
     Nothing is random, and all processes compute the same. Raises NotFiniteError if features are not finite.
     """
     started, device = time.perf_counter(), device_of(config)
