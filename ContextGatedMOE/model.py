@@ -210,7 +210,7 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
         return names + [name for name in self.gates() if head is not None and name == head.name and self.router.head_routes]
 
     def gate_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, in fp32: those of the gates and, where there is one, the head's three numbers."""
+        """The trainable parameters, in fp32: those of the gates and, where there is one, the head's numbers."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     # ---- gates ----
