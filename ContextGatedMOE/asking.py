@@ -87,4 +87,4 @@ class Asking:
             return None
         counts = torch.stack([gate.coefficient for gate in gates.values()]) + 1e-6
         near = torch.stack([gate.familiarity(features[name]) for name, gate in gates.items()])  # (gates, B)
-        return (counts / counts.sum()) @ near
+        return ((counts / counts.sum())[:, None] * near).sum(0)

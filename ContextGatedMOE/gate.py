@@ -182,10 +182,11 @@ class Gate(InFloat32):
         It is the relative Mahalanobis distance (Ren et al. 2021) to the nearest class, negative, for each direction of the
         space of the classes' means.
         """
-        seen = F.linear(features, self.axes) - self.origin  # (B, R)
-        nearest = (seen.square().sum(1, keepdim=True) - 2 * seen @ self.centres + self.centres.square().sum(0)).amin(1)
-        anywhere = ((seen @ self.precision) * seen).sum(1)
-        return (anywhere - nearest) / self.precision.any(1).sum().clamp_min(1)
+        with torch.autocast(features.device.type, enabled=False):
+            seen = F.linear(features, self.axes) - self.origin  # (B, R)
+            nearest = (seen.square().sum(1, keepdim=True) - 2 * seen @ self.centres + self.centres.square().sum(0)).amin(1)
+            anywhere = ((seen @ self.precision) * seen).sum(1)
+            return (anywhere - nearest) / self.precision.any(1).sum().clamp_min(1)
 
 
 def side_of_square(number: int) -> int:

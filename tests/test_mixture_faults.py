@@ -136,3 +136,12 @@ def test_sums_are_made_where_there_is_fp64():
     features, labels = torch.randn(6, 3), torch.arange(6) % 2
     found, expected = (Statistics.of(values, labels, 2) for values in (features.as_subclass(WithoutFp64), features))
     assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in vars(expected))
+
+
+def test_familiarity_is_of_full_precision_where_passes_are_not():
+    model = BEIT.joint()
+    model.fit_gates(BEIT.images())
+    features = {name: torch.randn(5, gate.feature_count) for name, gate in model.gates().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.familiarity_of(features)
+    assert torch.equal(found, model.familiarity_of(features))
