@@ -137,7 +137,7 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
         building.install(model.base_model, new)
         building.carry_over(old, new, places_of(model), places_of(model))
         with model.evaluating():
-            kept = {name: fitting.drawn(fitting.batches(own, model, name, model.sizes[model.expert_names.index(name)]),
+            kept = {name: fitting.drawn(fitting.batches(own, model, name, size_of(model, name)),
                                         calibration.most_of_each(validation)) for name, own in validation.items()}
             if again:
                 model.router.start = choose_start(model)
@@ -171,11 +171,11 @@ def choose_start(model: nn.Module) -> int:
     """
     if set(model.without_adapter) == set(model.expert_names):
         return model.router.blocks
-    gated = [unit for unit, gate in building.units_of(model.base_model).items() if gate is not None]
     if model.joint_head is None or model.passes == 2:
         return 0
-    places = [unit.place for unit in gated if unit.place is not None]
-    return max([place for place in places if place <= START_SHARE * model.router.blocks], default=0)
+    units, latest = building.units_of(model.base_model), START_SHARE * model.router.blocks
+    return max((unit.place for unit, gate in units.items()
+                if gate is not None and unit.place is not None and unit.place <= latest), default=0)
 
 
 def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitting.Seen:
@@ -221,8 +221,7 @@ def gather(model: nn.Module, images: Mapping[str, fitting.Batches],
     seen of about the first `keep` of them in all."""
     statistics, seen = {}, {}
     for name, own in images.items():
-        size = model.sizes[model.expert_names.index(name)]
-        statistics[name], seen[name] = fitting.collect_statistics(model, name, own, size, keep // len(images))
+        statistics[name], seen[name] = fitting.collect_statistics(model, name, own, size_of(model, name), keep // len(images))
     return statistics, seen
 
 
@@ -236,6 +235,11 @@ def solve(model: nn.Module, within: bool = True) -> None:
         if own and all(own):
             common = discriminant(plain if all(plain) else own, model.shrinkage) if name in routing else None
             gate.set_discriminant(common, own_discriminants(own) if within and model.joint_head is not None else None)
+
+
+def size_of(model: nn.Module, name: str) -> int:
+    """The number of classes of an expert, as the gates know them."""
+    return model.sizes[model.expert_names.index(name)]
 
 
 def places_of(model: nn.Module) -> list[tuple[str, int]]:
