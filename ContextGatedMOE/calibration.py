@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.fitting import Seen
+from ContextGatedMOE.fitting import ImageFeatures
 from ContextGatedMOE.gate import START
 
 TOWARDS_START = 1.0  # a pull of the gates' coefficients to where they begin, for few validation images
@@ -25,7 +25,7 @@ def in_full_precision(tensor: Tensor) -> AbstractContextManager:
 
 
 @torch.enable_grad()
-def fit_numbers(model: nn.Module, seen: Seen) -> float:
+def fit_numbers(model: nn.Module, seen: ImageFeatures) -> float:
     """Choose the gates' coefficients and the head's numbers by LBFGS on the joint likelihood; experts weigh alike.
 
     Returns the loss. Coefficients and scales stay above zero.
@@ -74,7 +74,7 @@ def fit_numbers(model: nn.Module, seen: Seen) -> float:
 
 
 @torch.no_grad()
-def gates_worth_keeping(model: nn.Module, seen: Seen) -> set[str]:
+def gates_worth_keeping(model: nn.Module, seen: ImageFeatures) -> set[str]:
     """The names of the gates whose evidence varies from class to class by enough to matter beside that of the others."""
     gates, routing = model.gates(), model.routing_gates()
     spread = {name: [gates[name](seen.plain[name])[0].std(1).mean().item() if name in routing else 0.0,

@@ -1,6 +1,7 @@
 """The set of experts in a mixture: put together, changed as a whole or not at all, and cut apart again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,24 +49,34 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
     """Other experts in a mixture, with gates from the statistics of all, or, where these are unknown, as they were.
 
     images: of new experts. What was unfamiliar to the old experts may not be to these, so nothing is refused until that is
-    fitted anew. On an error everything is as it was before, down to the tensors themselves.
+    fitted anew. On an error nothing is changed.
     """
-    state, start = {name: getattr(model, name) for name in STATE}, model.router.start
-    config = getattr(model.base_model, "config", None)
-    places = places_of(model)
-    old = building.uninstall(model.base_model, model.router)
-    try:
+    places, before = places_of(model), (model.without_adapter, model.expert_names)
+    with changed_as_a_whole(model) as old:
         model.same, model.statistics, model.refuse_below = [list(group) for group in same], dict(statistics), None
         new = build(model, chosen, classes)
         building.carry_over(old, new, places, places_of(model))
-        bare = any(set(without) >= set(names) for without, names in (
-            (model.without_adapter, model.expert_names), (state["without_adapter"], state["expert_names"])))
+        bare = any(set(without) >= set(names) for without, names in (before, (model.without_adapter, model.expert_names)))
         if bare and (model.statistics or images):
             model.router.start = choose_start(model)  # what is known of the others is the same wherever experts begin
         if images:
             with model.evaluating():
-                model.statistics |= gather(model, images)[0]
+                model.statistics |= statistics_by_expert(model, images)[0]
         solve(model)
+
+
+@contextmanager
+def changed_as_a_whole(model: nn.Module) -> Iterator[building.Parts]:
+    """Take the experts out of the base model, which the block puts into it again in another form; given are the old ones.
+
+    On an error everything is as it was before, down to the tensors themselves.
+    """
+    state, start = {name: getattr(model, name) for name in STATE}, model.router.start
+    config = getattr(model.base_model, "config", None)
+    old = building.uninstall(model.base_model, model.router)
+    numbers = {} if old.joint_head is None else {name: getattr(old.joint_head, name).clone() for name in HEAD_NUMBERS}
+    try:
+        yield old
     except BaseException:
         building.uninstall(model.base_model, model.router)
         building.install(model.base_model, old)
@@ -73,6 +84,9 @@ def rebuild(model: nn.Module, chosen: Sequence[Expert], classes: Classes | None,
         for name, value in state.items():
             setattr(model, name, value)
         model.router.start = start
+        with torch.no_grad():
+            for name, value in numbers.items():
+                getattr(old.joint_head, name).copy_(value)
         raise
 
 
@@ -127,10 +141,7 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
     if epochs and not validation:
         raise MixtureError("epochs=... needs validation images, which choose the epoch")
     again = set(images) >= set(model.expert_names)  # where gates stand is chosen anew only if all images are here
-    state, start = {name: getattr(model, name) for name in STATE}, model.router.start
-    old = building.uninstall(model.base_model, model.router)
-    numbers = {} if old.joint_head is None else {name: getattr(old.joint_head, name).clone() for name in HEAD_NUMBERS}
-    try:
+    with changed_as_a_whole(model) as old:
         if again:
             model.chosen_gates = None
         new = building.with_new_gates(model.base_model, old, model.sizes, model.gate_hidden, model.chosen_gates)
@@ -141,7 +152,7 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
                                         calibration.most_of_each(validation)) for name, own in validation.items()}
             if again:
                 model.router.start = choose_start(model)
-            statistics, seen = gather(model, images, KEPT if epochs else 0)
+            statistics, seen = statistics_by_expert(model, images, KEPT if epochs else 0)
             model.statistics, model.fitted_passes = {**known, **statistics}, model.passes
             solve(model)
             if not kept:
@@ -150,17 +161,7 @@ def fit(model: nn.Module, images: Mapping[str, fitting.Batches], validation: Map
             if not epochs:
                 return []
             with calibration.in_full_precision(judged.logits):
-                return refine(model, fitting.Seen.of(model, seen).only(judged.features), judged, epochs, learning_rate)
-    except BaseException:
-        building.uninstall(model.base_model, model.router)
-        building.install(model.base_model, old)
-        for name, value in state.items():
-            setattr(model, name, value)
-        model.router.start = start
-        with torch.no_grad():
-            for name, value in numbers.items():
-                getattr(old.joint_head, name).copy_(value)
-        raise
+                return refine(model, fitting.ImageFeatures.of(model, seen).only(judged.features), judged, epochs, learning_rate)
 
 
 def choose_start(model: nn.Module) -> int:
@@ -178,12 +179,12 @@ def choose_start(model: nn.Module) -> int:
                 if gate is not None and unit.place is not None and unit.place <= latest), default=0)
 
 
-def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitting.Seen:
+def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitting.ImageFeatures:
     """Fit shrinkage, the gates' coefficients and the head's numbers to validation images, and drop the gates that add nothing.
 
     The images are seen twice: by the gates as they start, then by the weights that follow. Returns what was seen last.
     """
-    seen = fitting.see(model, validation)
+    seen = fitting.features_of(model, validation)
     losses = {}
     for model.shrinkage in calibration.SHRINKAGES:
         solve(model, within=False)
@@ -191,7 +192,7 @@ def calibrate(model: nn.Module, validation: Mapping[str, fitting.Drawn]) -> fitt
     model.shrinkage = min(losses, key=losses.get)
     solve(model, within=False)
     calibration.fit_numbers(model, seen)
-    seen = fitting.see(model, validation)
+    seen = fitting.features_of(model, validation)
     calibration.fit_numbers(model, seen)
     worth = calibration.gates_worth_keeping(model, seen)
     if not worth >= set(seen.features):
@@ -215,8 +216,8 @@ def keep_gates(model: nn.Module, chosen: set[str]) -> None:
                         for name, by_gate in model.statistics.items()}
 
 
-def gather(model: nn.Module, images: Mapping[str, fitting.Batches],
-           keep: int = 0) -> tuple[dict[str, dict[str, Statistics]], dict[str, list[fitting.Part]]]:
+def statistics_by_expert(model: nn.Module, images: Mapping[str, fitting.Batches],
+                         keep: int = 0) -> tuple[dict[str, dict[str, Statistics]], dict[str, list[fitting.BatchFeatures]]]:
     """Statistics of experts' images, {expert: {gate: statistics}}, from one pass through each image's own expert; and what was
     seen of about the first `keep` of them in all."""
     statistics, seen = {}, {}

@@ -60,7 +60,7 @@ def check_labels(labels: Tensor, size: int, name: str, classes: int) -> None:
 
 
 @dataclass
-class Part:
+class BatchFeatures:
     """What gates and head see of a batch. features: {gate name: (B, K)} where each image's expert is used, and `plain` in the
     plain model, as far as the gates tell of the experts there; logits: (B, C) of the experts' heads; labels: (B,) in the
     expert's classes."""
@@ -71,7 +71,7 @@ class Part:
     labels: Tensor
 
 
-def through_own_expert(model: nn.Module, name: str, inputs: dict[str, Any], labels: Tensor) -> Part:
+def through_own_expert(model: nn.Module, name: str, inputs: dict[str, Any], labels: Tensor) -> BatchFeatures:
     """What is seen of a batch through an expert's weights alone, from the block on where experts begin; where the expert has no
     adapter, in the plain model. Raises MixtureError, naming the expert, if something is not finite."""
     features: dict[str, Tensor] = {}
@@ -88,12 +88,12 @@ def through_own_expert(model: nn.Module, name: str, inputs: dict[str, Any], labe
     features, plain = features or plain, plain or features
     check_finite({**features, **plain, **({"the head": head["logits"]} if head else {})}, name)
     logits = head.get("logits", next(iter(features.values())).new_zeros(len(labels), sum(model.sizes)))
-    return Part(features, plain, logits, labels)
+    return BatchFeatures(features, plain, logits, labels)
 
 
 @torch.no_grad()
 def collect_statistics(model: nn.Module, name: str, images: Batches, classes: int,
-                       keep: int = 0) -> tuple[dict[str, Statistics], list[Part]]:
+                       keep: int = 0) -> tuple[dict[str, Statistics], list[BatchFeatures]]:
     """Statistics of an expert's images at every gate, {gate name: statistics}, from one pass through this expert, and, if two
     passes find the expert, of the plain model too, by names that begin with `PLAIN`; and what was seen of the first `keep`.
 
@@ -102,7 +102,7 @@ def collect_statistics(model: nn.Module, name: str, images: Batches, classes: in
     """
     found: dict[str, Statistics] = {}
     waiting: list[tuple[Tensor, dict[str, Tensor]]] = []  # labels and features of batches that are not added up yet
-    kept: list[Part] = []
+    kept: list[BatchFeatures] = []
     for inputs, labels in batches(images, model, name, classes):
         part = through_own_expert(model, name, inputs, labels)
         if keep > 0:
@@ -178,8 +178,8 @@ def _batch(images: list[tuple[dict[str, Tensor], dict[str, Any], Tensor]]) -> tu
 
 
 @dataclass
-class Seen:
-    """What the gates and the head see of N images. features, plain: {gate name: (N, K)}, in the model's order, as in `Part`;
+class ImageFeatures:
+    """What the gates and the head see of N images. features, plain: {gate name: (N, K)}, in the model's order, as in `BatchFeatures`;
     logits: (N, C) of the experts' heads; labels: (N,) among all experts' classes; weights: (N,), the same sum for each expert,
     1 in all."""
 
@@ -190,7 +190,7 @@ class Seen:
     weights: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, parts: Mapping[str, list[Part]]) -> "Seen":
+    def of(cls, model: nn.Module, parts: Mapping[str, list[BatchFeatures]]) -> "ImageFeatures":
         """Of batches by expert. Raises MixtureError if there are none of an expert."""
         labels, weights = [], []
         for name, own in parts.items():
@@ -207,7 +207,7 @@ class Seen:
         return cls(features, plain, torch.cat([part.logits for part in every]), torch.cat(labels).to(device),
                    torch.cat(weights).to(device))
 
-    def only(self, gates: Collection[str]) -> "Seen":
+    def only(self, gates: Collection[str]) -> "ImageFeatures":
         """The same without the features of other gates."""
         features, plain = ({name: values for name, values in every.items() if name in gates}
                            for every in (self.features, self.plain))
@@ -215,10 +215,10 @@ class Seen:
 
 
 @torch.no_grad()
-def see(model: nn.Module, images: Mapping[str, Drawn]) -> Seen:
+def features_of(model: nn.Module, images: Mapping[str, Drawn]) -> ImageFeatures:
     """One pass of the mixture over images by expert. Raises MixtureError if an expert has none, or one gives no finite
     numbers."""
-    parts: dict[str, list[Part]] = {name: [] for name in images}
+    parts: dict[str, list[BatchFeatures]] = {name: [] for name in images}
     for name, own in images.items():
         for inputs, labels in own:
             inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
@@ -228,5 +228,5 @@ def see(model: nn.Module, images: Mapping[str, Drawn]) -> Seen:
             with model.router.using(features=features, plain_features=plain, head=head):
                 model.run(**inputs)
             check_finite({**features, **plain, "the head": head["logits"]}, name)
-            parts[name].append(Part(features, plain or features, head["logits"], labels))
-    return Seen.of(model, parts)
+            parts[name].append(BatchFeatures(features, plain or features, head["logits"], labels))
+    return ImageFeatures.of(model, parts)

@@ -66,17 +66,17 @@ class JointHead(nn.Module):
         """x: (B, D) or (B, N, D). Returns log-probabilities (B, outputs) or (B, N, outputs) in fp32."""
         current = current_pass(self.name)
         settings, gate = current.settings, getattr(self, HEAD_GATE, None)
-        said, asked = None, settings.fixed is None and not settings.plain
+        scores, asked = None, settings.fixed is None and not settings.plain
         if gate is not None and x.ndim == 2 and (settings.features is not None or asked):
             features = gate.features(x[:, None].to(gate.score.weight.device))
             settings.note_features(self.name, features)
-            said = gate(features) if asked else None
+            scores = gate(features) if asked else None
         if settings.plain:
             return self.base(x)
         evidence = current.latest(x.shape[0], self.name)
-        if said is not None:
+        if scores is not None:
             routes = settings.evidence is None and self.router.head_routes
-            evidence = evidence.and_also(said[0] if routes else None, said[1])
+            evidence = evidence.and_also(scores[0] if routes else None, scores[1])
         if settings.record is not None and not settings.record:  # no block weighs experts, as none has an adapter
             known = evidence.experts is not None
             settings.record[self.name] = self.classes.weights(evidence.experts, None, False) if known else evidence.weights

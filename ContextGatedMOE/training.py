@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.adapters import MixtureError
-from ContextGatedMOE.fitting import Batches, Seen, batches
+from ContextGatedMOE.fitting import Batches, ImageFeatures, batches
 from ContextGatedMOE.passes import Evidence
 
 
@@ -17,7 +17,7 @@ DRAWN_BACK = 1e-3  # weight of the squared distance of the second layer from its
 STEP = 64  # images of a step on features
 
 
-def refine(model: nn.Module, train: Seen, validation: Seen, epochs: int, learning_rate: float) -> list[dict[str, float]]:
+def refine(model: nn.Module, train: ImageFeatures, validation: ImageFeatures, epochs: int, learning_rate: float) -> list[dict[str, float]]:
     """Train the gates' second layers on features that were computed once: softmax regressions that go on from the discriminants
     and are drawn back to them, by Adam on the joint loss.
 
@@ -30,7 +30,7 @@ def refine(model: nn.Module, train: Seen, validation: Seen, epochs: int, learnin
     layers += [_Layer.of(gate.class_score, gate.class_coefficient, train.features[name], validation.features[name], False)
                for name, gate in model.gates().items()]
 
-    def answers(seen: Seen, part: int, rows: Tensor) -> Tensor:
+    def answers(seen: ImageFeatures, part: int, rows: Tensor) -> Tensor:
         evidence = Evidence(None, None, seen.logits.new_ones(len(rows), len(model.sizes)), None)
         for layer in layers:
             scores = layer.scores(part, rows)
@@ -38,11 +38,11 @@ def refine(model: nn.Module, train: Seen, validation: Seen, epochs: int, learnin
         return head.joint(seen.logits[rows], evidence)
 
     @torch.no_grad()
-    def measured(seen: Seen, part: int) -> tuple[float, float]:
-        said = torch.cat([answers(seen, part, rows) for rows in torch.arange(len(seen.labels)).split(1024)])
+    def measured(seen: ImageFeatures, part: int) -> tuple[float, float]:
+        answered = torch.cat([answers(seen, part, rows) for rows in torch.arange(len(seen.labels)).split(1024)])
         outputs = head.columns[seen.labels]
-        right = (said.argmax(1) == outputs).float()
-        losses = F.cross_entropy(said, outputs, reduction="none")
+        right = (answered.argmax(1) == outputs).float()
+        losses = F.cross_entropy(answered, outputs, reduction="none")
         return (seen.weights * losses).sum().item(), (seen.weights * right).sum().item()
 
     trained = [value for layer in layers for value in (layer.weight, layer.bias)]

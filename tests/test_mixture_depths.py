@@ -139,7 +139,7 @@ SAME = [[("a", "x"), ("b", "x")]]
 def test_the_numbers_do_not_ask_which_of_the_same_classes_an_image_is_of():
     model = BEIT.joint(fit=True, same=SAME)
     with model.evaluating():
-        seen = fitting.see(model, BEIT.images())
+        seen = fitting.features_of(model, BEIT.images())
     swapped = torch.where(seen.labels == 0, 2, torch.where(seen.labels == 2, 0, seen.labels))
     assert not torch.equal(swapped, seen.labels)
     found = []

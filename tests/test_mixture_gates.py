@@ -9,7 +9,7 @@ from mixture_models import BEIT, BERT, CASES, CLASSES, PLAIN, WAV2VEC2, assert_c
 from torch import nn
 
 from ContextGatedMOE import ContextGatedMOE, MixtureError, calibration
-from ContextGatedMOE.fitting import collect_statistics, drawn, see
+from ContextGatedMOE.fitting import collect_statistics, drawn, features_of
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.statistics import Statistics, symmetric
 
@@ -88,7 +88,7 @@ def test_statistics_are_of_what_gates_see_through_the_expert_from_where_experts_
     assert list(found) == gates and len(parts) == 1 and torch.equal(parts[0].labels, batch[1])
     for name, own in found.items():
         assert_equal(vars(own), vars(Statistics.of(features[name], batch[1], 5).rounded()))
-    seen, shown = see(model, {"b": [batch]}), {}
+    seen, shown = features_of(model, {"b": [batch]}), {}
     with torch.no_grad(), model.router.using(features=shown):
         model.base_model(**batch[0])
     assert_equal(seen.features, shown)
