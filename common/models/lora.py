@@ -27,10 +27,9 @@ from common.tasks import Task
 from common.training import distributed
 from common.training.blocks import HEAD, lora_targets
 from common.training.evaluate import evaluate
-from ContextGatedMOE import Expert, MixtureError
+from ContextGatedMOE import Expert, MixtureError, reading
 from ContextGatedMOE.adapters import refuse_positions
 from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
-from ContextGatedMOE.reading import collect
 from ContextGatedMOE.renaming import PREFIX, in_todays_names
 
 
@@ -157,7 +156,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
 
 def expert_of(name: str, adopted: PeftModel) -> Expert:
     """The adapter and head of an adopted model as an expert of a mixture."""
-    return collect(name, adopted, "default", list(adopted.config.id2label.values())).loaded()
+    return reading.expert_of(name, adopted, list(adopted.config.id2label.values()))
 
 
 def _test_order(config: TrainingFlags, data: TaskData, place: str, adopted: PeftModel, tensors: dict[str, Tensor]) -> None:
