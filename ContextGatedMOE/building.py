@@ -68,8 +68,7 @@ def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: lis
     if columns is not None and len(replaced) != 1:
         raise MixtureError(
             f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
-            f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space"
-        )
+            f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space")
     bases = {name: base for name, base in model.named_modules() if name in replaced | adapted}
     for name, base in bases.items():
         if base.weight.is_meta:
@@ -218,7 +217,7 @@ def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_pl
 
 def is_built(model: nn.Module) -> bool:
     """Whether a mixture has put something into a model."""
-    return any(isinstance(module, MixtureLayer | Gate) for module in model.modules())
+    return bool(mixture_layers(model) or gates(model))
 
 
 def head_width(parts: Parts) -> int | None:

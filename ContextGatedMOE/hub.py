@@ -1,13 +1,12 @@
 """Mixtures on the Hugging Face Hub: fetched by name, uploaded with a card."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
-from torch import nn
 
 from ContextGatedMOE.errors import MixtureError
 
@@ -54,40 +53,29 @@ class Sharing:
         figures: what was measured, by name, such as {"accuracy on 800 test images": 0.95}. made: sentences on how it was made,
         besides what the mixture knows itself. repo_id: its name in the example.
         """
-        return card(self, figures or {}, made, repo_id)
+        base = getattr(self.base_model, "name_or_path", "") or ""
+        on_images = getattr(self.base_model, "main_input_name", "") == "pixel_values"
+        data = ModelCardData(library_name="context-gated-moe", tags=["lora", "mixture-of-experts", "peft"],
+                             base_model=base if base.count("/") == 1 and not Path(base).exists() else None,
+                             pipeline_tag="image-classification" if on_images and self.classes else None)
+        experts = []
+        for name in self.expert_names:
+            statistics = next(iter(self.statistics.get(name, {}).values()), None)
+            experts.append((name, ", ".join(self.classes[name]) if self.classes else "of one label space",
+                            "none" if statistics is None else int(statistics.counts.sum())))
+        fitted = ("The gates start from linear discriminants of the experts' classes, in closed form from sums over the images "
+                  "above." if self.statistics else "The gates have not been fitted in closed form.")
+        return "\n".join([
+            "---", data.to_yaml(), "---", "", "# Context gated mixture of LoRA experts", "",
+            f"{len(experts)} frozen LoRA experts on {base or type(self.base_model).__name__} in one model, weighed for each input "
+            "by gates that are never told the task.", "",
+            *_table(("expert", "classes", "images seen by the gates"), experts), "## How it was made", "", f"{fitted} {made}".strip(),
+            "", *(["## Figures", "", *_table(("what", "figure"), figures.items())] if figures else []), "## How to use it", "",
+            "```python", "from ContextGatedMOE import ContextGatedMOE", "",
+            f"model = ContextGatedMOE.from_pretrained({json.dumps(repo_id)})", "```", ""])
 
 
-def card(model: nn.Module, figures: Mapping[str, Any], made: str, repo_id: str) -> str:
-    """See `Sharing.model_card`."""
-    base = getattr(model.base_model, "name_or_path", "") or ""
-    on_images = getattr(model.base_model, "main_input_name", "") == "pixel_values"
-    data = ModelCardData(library_name="context-gated-moe", tags=["lora", "mixture-of-experts", "peft"],
-                         base_model=base if base.count("/") == 1 and not Path(base).exists() else None,
-                         pipeline_tag="image-classification" if on_images and model.classes else None)
-    rows = []
-    for name in model.expert_names:
-        seen = next(iter(model.statistics.get(name, {}).values()), None)
-        rows.append((name, ", ".join(model.classes[name]) if model.classes else "of one label space",
-                     "none" if seen is None else int(seen.counts.sum())))
-    fitted = (
-        "The gates start from linear discriminants of the experts' classes, in closed form from sums over the images above."
-        if model.statistics
-        else "The gates have not been fitted in closed form."
-    )
-    kept = f"Of every input the {model.top_k} most weighted experts are used." if model.top_k else ""
-    return "\n".join([
-        "---", data.to_yaml(), "---", "", "# Context gated mixture of LoRA experts", "",
-        f"{len(rows)} frozen LoRA experts on {base or type(model.base_model).__name__} in one model, weighed for each input by "
-        "gates that are never told the task.", "",
-        *_table(("expert", "classes", "images seen by the gates"), rows),
-        "## How it was made", "", " ".join(part for part in (fitted, made.strip(), kept) if part), "",
-        *(["## Figures", "", *_table(("what", "figure"), figures.items())] if figures else []),
-        "## How to use it", "", "```python", "from ContextGatedMOE import ContextGatedMOE", "",
-        f"model = ContextGatedMOE.from_pretrained({json.dumps(repo_id)})", "```", "",
-    ])
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """The lines of a Markdown table, and an empty one."""
     cells = [[" ".join(str(value).replace("|", "\\|").split()) for value in row] for row in (titles, ["---"] * len(titles), *rows)]
     return [*(f"| {' | '.join(row)} |" for row in cells), ""]

@@ -1,6 +1,6 @@
 """The names of an expert's classes and their order: one check for everything that takes them."""
 
-from collections.abc import KeysView, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ContextGatedMOE.errors import MixtureError
@@ -12,20 +12,15 @@ def class_lists(classes: Mapping[str, Any] | None) -> dict[str, list[str]] | Non
 
 
 def class_names(expert: str, given: Any) -> list[str]:
-    """Names of an expert's classes as a list: from a sequence of names, or from the `id2label` of a model's configuration.
+    """Names of an expert's classes as a list: from names in an order, or from the `id2label` of a model's configuration.
 
     Raises MixtureError if they are no names, not different, have no order (a set), or a number of an `id2label` is missing.
     """
-    if isinstance(given, str) or not hasattr(given, "__iter__"):
-        raise MixtureError(f"expert {expert!r} needs one or more different classes, not {given}")
-    if isinstance(given, Set) and not isinstance(given, KeysView):
-        raise MixtureError(f"expert {expert!r} has its classes as a {type(given).__name__}, which has no order; pass a list in "
-                           "the order of its head's outputs")
-    own = from_id2label(expert, given) if isinstance(given, Mapping) else list(given)
-    if wrong := [name for name in own if not isinstance(name, str)]:
-        raise MixtureError(f"expert {expert!r} has the class {wrong[0]!r}, which is no name; pass names, as text")
-    if len(set(own)) < max(1, len(own)):
-        raise MixtureError(f"expert {expert!r} needs one or more different classes, not {', '.join(own) or 'none'}")
+    ordered = isinstance(given, Iterable) and not isinstance(given, (str, set, frozenset))
+    own = from_id2label(expert, given) if isinstance(given, Mapping) else list(given) if ordered else []
+    if not own or not all(isinstance(name, str) for name in own) or len(set(own)) < len(own):
+        raise MixtureError(f"expert {expert!r} needs its classes as a list of one or more different names, in the order of its "
+                           f"head's outputs, not {given!r}")
     return own
 
 
