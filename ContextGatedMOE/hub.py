@@ -65,14 +65,16 @@ class Sharing:
                             "none" if statistics is None else int(statistics.counts.sum())))
         fitted = ("The gates start from linear discriminants of the experts' classes, in closed form from sums over the images "
                   "above." if self.statistics else "The gates have not been fitted in closed form.")
-        return "\n".join([
-            "---", data.to_yaml(), "---", "", "# Context gated mixture of LoRA experts", "",
-            f"{len(experts)} frozen LoRA experts on {base or type(self.base_model).__name__} in one model, weighed for each input "
-            "by gates that are never told the task.", "",
-            *_table(("expert", "classes", "images seen by the gates"), experts), "## How it was made", "", f"{fitted} {made}".strip(),
-            "", *(["## Figures", "", *_table(("what", "figure"), figures.items())] if figures else []), "## How to use it", "",
-            "```python", "from ContextGatedMOE import ContextGatedMOE", "",
-            f"model = ContextGatedMOE.from_pretrained({json.dumps(repo_id)})", "```", ""])
+        lines = ["---", data.to_yaml(), "---", "", "# Context gated mixture of LoRA experts", "",
+                 f"{len(experts)} frozen LoRA experts on {base or type(self.base_model).__name__} in one model, weighed for each "
+                 "input by gates, without a task label.", ""]
+        lines += _table(("expert", "classes", "images seen by the gates"), experts)
+        lines += ["## How it was made", "", f"{fitted} {made}".strip(), ""]
+        if figures:
+            lines += ["## Figures", "", *_table(("what", "figure"), figures.items())]
+        lines += ["## How to use it", "", "```python", "from ContextGatedMOE import ContextGatedMOE", "",
+                  f"model = ContextGatedMOE.from_pretrained({json.dumps(repo_id)})", "```", ""]
+        return "\n".join(lines)
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

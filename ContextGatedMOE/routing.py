@@ -120,13 +120,13 @@ class Router:
                 f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
                 "the batch as the first dimension"
             )
-        gate, said = getattr(module, GATE, None), None
+        gate, scores = getattr(module, GATE, None), None
         asked = settings.fixed is None and not settings.plain
         if gate is not None and (settings.features is not None or asked):
             tokens = as_tokens(x).to(gate.score.weight.device)
             features = gate.features(tokens, current.mask_of(unit, tokens.shape[1]))
             settings.note_features(unit.name, features)
-            said = gate(features) if asked else None
+            scores = gate(features) if asked else None
         if settings.plain:
             return None, None
         before_start = unit.place is not None and unit.place < self.start
@@ -135,14 +135,14 @@ class Router:
             before_start = before_start and settings.from_start
         elif settings.evidence is not None:
             evidence, before_start = (before or settings.evidence.to(x.device)), False
-            evidence = evidence if said is None else evidence.and_also(None, said[1])
-        elif said is None and before is None and unit.place is not None:
+            evidence = evidence if scores is None else evidence.and_also(None, scores[1])
+        elif scores is None and before is None and unit.place is not None:
             return None, None  # no gate has seen the images yet
-        elif said is None:
+        elif scores is None:
             evidence = before or current.latest(batch, unit.name)
         else:
             routes = self.routes(unit) or before is None
-            evidence = (before or Evidence(None, None, said[0], None)).and_also(said[0] if routes else None, said[1])
+            evidence = (before or Evidence(None, None, scores[0], None)).and_also(scores[0] if routes else None, scores[1])
             if routes:
                 evidence = replace(evidence, weights=gate.classes.weights(evidence.experts, self.top_k, module.training),
                                    top_k=self.top_k)

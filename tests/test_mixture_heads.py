@@ -133,7 +133,7 @@ def test_classes_that_do_not_fit_the_experts_are_refused_and_the_base_is_left_al
         (own, {"a": ["x", "y"]}, (), "expert '[bc]' has no classes"),
         (own, {**CLASSES, "d": ["x"]}, (), "names 'd', which is no expert"),
         (own, {**CLASSES, "a": ["x"]}, (), "'a' has a head of 2 outputs at 'head' for 1 classes"),
-        (own, {**CLASSES, "a": ["x", "x"]}, (), "needs one or more different classes"),
+        (own, {**CLASSES, "a": ["x", "x"]}, (), "one or more different names"),
         (two_heads, {"a": ["x", "y"]}, (), "they replace 2 layers"),
         ([headless, *own[1:]], CLASSES, (), "'a' has a head of 3 outputs at 'head' for 2 classes"),
         ([own[0], PLAIN.experts(["z"], (4,))[0]], None, (), "different widths"),
