@@ -22,8 +22,9 @@ def at_least_one(name: str, value: int | None) -> int | None:
 class Expert:
     """One LoRA adapter as tensors, by the names of the base model's modules.
 
-    updates: layer -> (A (rank, d_in), B (d_out, rank)). scaling: layer -> what B is to be multiplied by, 1 where none is given;
-    it is apart so that tensors may stay in a file until a mixture copies them.
+    updates: layer -> (A (rank, d_in), B (d_out, rank)). scaling: layer -> what B is to be multiplied by, 1 where none is given.
+    It is apart so that tensors may stay in a mapped file until a mixture copies them: many adapters need hardly more memory than
+    the mixture of them.
     heads: layer -> (weight (d_out, d_in), bias (d_out,) or None), the layers the adapter replaces (`modules_to_save`).
     stated: the names of its classes in the order of its head's outputs, where the adapter or its model says so (`id2label`).
     """
@@ -74,9 +75,9 @@ def refuse_positions(expert: str, layer: str) -> None:
                            "weighed for each image; retrain it with exclude_modules='.*position_bias.*'")
 
 
-def check_fit(expert: Expert, base_model: nn.Module) -> None:
-    """Raise MixtureError unless every layer of the expert is a linear layer of the base, of the same shape."""
-    layers = plain_layers(base_model)
+def check_fit(expert: Expert, layers: Mapping[str, nn.Module]) -> None:
+    """Raise MixtureError unless every layer of the expert is a linear layer of the base, of the same shape. layers: the base's, see
+    `plain_layers`."""
     for layer in (*expert.updates, *expert.heads):
         base, where = layers.get(layer), f"expert '{expert.name}' adapts '{layer}', which"
         if not isinstance(base, nn.Linear):
@@ -102,8 +103,9 @@ def check_together(experts: Sequence[Expert], base_model: nn.Module, classes: Ma
         raise MixtureError(f"two experts have one name: {', '.join(names)}")
     if classes and (unknown := sorted(set(classes) - set(names))):
         raise MixtureError(f"classes=... names {unknown[0]!r}, which is no expert")
+    layers = plain_layers(base_model)
     for expert in experts:
-        check_fit(expert, base_model)
+        check_fit(expert, layers)
         if classes and expert.name not in classes:
             raise MixtureError(f"expert {expert.name!r} has no classes")
         if classes:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ContextGatedMOE.adapters import Expert, check_fit
 from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
-from ContextGatedMOE.renaming import PREFIX, in_todays_names, of_pattern
+from ContextGatedMOE.renaming import PREFIX, LayerNames, in_todays_names, of_pattern
 
 # Heads that peft trains for a task, whether or not `modules_to_save` names them.
 HEADS_OF_TASK = {TaskType.SEQ_CLS: ("classifier", "score"), TaskType.TOKEN_CLS: ("classifier", "score")}
@@ -27,28 +27,29 @@ def read_expert(base_model: nn.Module, name: str, adapter: str | Path, **hub: An
     and other LoRA variants, biases, adapters of anything but `nn.Linear`, initialisations that change the base. Likewise if it
     was trained on a base with other weights, as far as that can be told without a network.
     """
-    return _read(base_model, name, adapter, set(), hub).loaded()
+    return _read(base_model, LayerNames(base_model), name, adapter, set(), hub).loaded()
 
 
 def read_experts(base_model: nn.Module, adapters: Mapping[str, str | Path]) -> list[Expert]:
     """Read adapters by expert name: see `read_expert`. Tensors stay in the files, to be copied by a mixture at once."""
-    checked: set[tuple[Any, ...]] = set()
-    return [_read(base_model, name, adapter, checked, {}) for name, adapter in adapters.items()]
+    names, checked = LayerNames(base_model), set()
+    return [_read(base_model, names, name, adapter, checked, {}) for name, adapter in adapters.items()]
 
 
-def _read(base_model: nn.Module, name: str, adapter: str | Path, checked: set[tuple[Any, ...]], hub: dict[str, Any]) -> Expert:
+def _read(base_model: nn.Module, names: LayerNames, name: str, adapter: str | Path, checked: set[tuple[Any, ...]],
+          hub: dict[str, Any]) -> Expert:
     """checked: the stated bases that have been looked at, each of which may be large, with the layers that were adapted."""
     config, stored = read_finished(name, adapter, **hub)
     check_options(name, config)
     stated = stated_classes(name, config, adapter, **hub)
     try:
-        config, tensors = in_todays_names(name, base_model, config, stored)
+        config, tensors = in_todays_names(name, names, config, stored)
         base = (config.base_model_name_or_path, config.revision, *sorted(tensors))
         if base not in checked and (note := check_base(name, config, tensors, base_model)):
             warnings.warn(note, stacklevel=4)
         checked.add(base)
         expert = to_expert(name, config, tensors, stated)
-        check_fit(expert, base_model)
+        check_fit(expert, names.layers)
     except MixtureError:
         raise
     except Exception as error:  # options of wrong types fail in many ways

@@ -56,15 +56,13 @@ def _cuts_rows(conversion: WeightConverter) -> bool:
     return len(operations) == 1 and isinstance(operations[0], Chunk) and operations[0].dim == 0
 
 
-def in_todays_names(
-    name: str, model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The options and tensors of the expert `name`, layers called as in `model`, whatever they were when it was trained.
+def in_todays_names(name: str, names: LayerNames, config: LoraConfig,
+                    tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The options and tensors of the expert `name`, layers called as in the base, whatever they were when it was trained.
 
-    model: the base, which may be that of a mixture. Of the options, `rank_pattern`, `alpha_pattern` and `modules_to_save` are
+    names: of the base model, which may be that of a mixture. Of the options, `rank_pattern`, `alpha_pattern` and `modules_to_save` are
     in today's names. Raises MixtureError if the options name layers that there are no tensors of.
     """
-    names = LayerNames(model)
     before: dict[str, str] = {}  # an adapted layer today -> the same in the adapter
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

@@ -30,7 +30,7 @@ from common.training.evaluate import evaluate
 from ContextGatedMOE import Expert, MixtureError, reading
 from ContextGatedMOE.adapters import refuse_positions
 from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
-from ContextGatedMOE.renaming import PREFIX, in_todays_names
+from ContextGatedMOE.renaming import PREFIX, LayerNames, in_todays_names
 
 
 class LoraLinear(Linear):
@@ -116,7 +116,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     """
     model = load_backbone(config.model, data.classes, config.seed)
     with _told(adapter.place, " (--model)"):
-        settings, tensors = in_todays_names(data.task.key, model, adapter.config, adapter.tensors)
+        settings, tensors = in_todays_names(data.task.key, LayerNames(model), adapter.config, adapter.tensors)
         if note := check_base(data.task.key, settings, tensors, model):
             _say(note)
     with _told(adapter.place):
