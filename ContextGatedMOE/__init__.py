@@ -2,9 +2,12 @@
 
     from ContextGatedMOE import ContextGatedMOE
     model = ContextGatedMOE.from_adapters(base_model, {"fire": "fire_lora", "game": "game_lora"})
+
+Open `model.py` first: it tells the forward pass in order.
 """
 
-from ContextGatedMOE.adapters import Expert, MixtureError
+from ContextGatedMOE.adapters import Expert
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.forward import Prediction
 from ContextGatedMOE.model import ContextGatedMOE
 from ContextGatedMOE.reading import read_expert

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.forward import Prediction
 
 # How many blocks of `evaluating` a mixture is in, and the modules that are to be in training mode after the last. Not a part of

@@ -68,17 +68,15 @@ def make(model: nn.Module, experts: list[Expert], sizes: list[int], columns: lis
     if columns is not None and len(replaced) != 1:
         raise MixtureError(
             f"one answer among all classes needs experts with one head each, but they replace {len(replaced)} layers "
-            f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space"
-        )
+            f"({', '.join(sorted(replaced)) or 'none'}); leave classes=... out to mix heads of one label space")
     bases = {name: base for name, base in model.named_modules() if name in replaced | adapted}
     for name, base in bases.items():
         if base.weight.is_meta:
             raise MixtureError(f"the base model's '{name}' has no data in memory; load it without offloading")
     heads = {name: _head(experts, name, base, sizes, columns, router) for name, base in bases.items() if name in replaced}
-    stacks = stack_updates(experts, {name: base for name, base in bases.items() if name in adapted})
     layers: dict[str, MixtureLayer] = {}
     for name, base in bases.items():
-        layer = heads[name] if name in heads else MixtureLinear(base, *stacks[name], name)
+        layer = heads[name] if name in heads else MixtureLinear(base, *stack_updates(experts, name, base), name)
         layers[name] = layer.train(base.training)
     return with_new_gates(model, Parts(layers, {}, router), sizes, hidden, chosen)
 
@@ -119,55 +117,56 @@ def classifier_of(model: nn.Module) -> str:
     return found[-1]
 
 
-def _head(
-    experts: list[Expert], name: str, base: nn.Linear, sizes: list[int], columns: list[int] | None, router: Router
-) -> MixtureLayer:
+def _head(experts: list[Expert], name: str, base: nn.Linear, sizes: list[int], columns: list[int] | None,
+          router: Router) -> MixtureLayer:
     """The head that stands for all experts' own; those of experts without an adapter are 0."""
     headless = [number for number, expert in enumerate(experts) if not expert.heads and not expert.updates]
     heads = [head_of(expert, name, base) for expert in experts]
     if columns is not None:
         for number in headless:
-            heads[number] = base.weight.new_zeros(sizes[number], base.in_features), base.weight.new_zeros(sizes[number])
+            heads[number] = base.weight.new_zeros(sizes[number], base.in_features), None
     weights = [weight.to(base.weight) for weight, _ in heads]
     biases = [(weight.new_zeros(len(weight)) if bias is None else bias).to(base.weight) for weight, bias in heads]
+    for expert, weight, size in zip(experts, weights, sizes, strict=True):
+        if columns is not None and len(weight) != size:
+            raise MixtureError(f"expert '{expert.name}' has a head of {len(weight)} outputs at '{name}' for {size} classes")
+        if columns is None and len(weight) != len(weights[0]):
+            raise MixtureError(f"the experts' heads at '{name}' have different widths and cannot be mixed: "
+                               f"{len(weights[0])} of '{experts[0].name}', {len(weight)} of '{expert.name}'")
     if columns is None:
         has_bias = any(bias is not None for _, bias in heads)
         return SharedHead(base, torch.stack(weights), torch.stack(biases) if has_bias else None, name, router)
-    for expert, weight, size in zip(experts, weights, sizes, strict=True):
-        if len(weight) != size:
-            raise MixtureError(f"expert '{expert.name}' has a head of {len(weight)} outputs at '{name}' for {size} classes")
     return JointHead(base, torch.cat(weights), torch.cat(biases), sizes, columns, name, router, headless).to(base.weight.device)
 
 
 def install(model: nn.Module, parts: Parts) -> None:
     """Put a mixture's parts into a plain model: layers in place of the plain ones, gates before blocks, and the hooks."""
+    router, handles = parts.router, []
     for unit, gate in parts.units.items():  # before a layer that is a unit itself is wrapped: the hooks go on what is called
         module = parts.layers.get(unit.name) or model.get_submodule(unit.name)
         if gate is not None:
             module.add_module(GATE, gate)
-        module.register_forward_pre_hook(partial(parts.router.enter, unit), with_kwargs=True)
-        module.register_forward_hook(parts.router.leave, always_call=True)
+        handles += [module.register_forward_pre_hook(partial(router.enter, unit), with_kwargs=True),
+                    module.register_forward_hook(router.leave, always_call=True)]
     for name, layer in parts.layers.items():
         model.set_submodule(name, layer)
     if parts.head_gate is not None:
         parts.joint_head.add_module(HEAD_GATE, parts.head_gate)
-    if not parts.units:
-        return
-    entries = [model]
-    if parts.router.is_encoder_decoder and hasattr(model, "get_encoder"):
-        entries.append(model.get_encoder())  # generation calls it by itself
-    for entry in entries:
-        inputs = tuple(inspect.signature(entry.forward).parameters)
-        entry.register_forward_pre_hook(partial(parts.router.begin, inputs), with_kwargs=True)
-        entry.register_forward_hook(parts.router.end, always_call=True)
+    if parts.units:
+        inputs = tuple(inspect.signature(model.forward).parameters)
+        handles += [model.register_forward_pre_hook(partial(router.begin, inputs), with_kwargs=True),
+                    model.register_forward_hook(router.end, always_call=True)]
+    router.handles = handles
 
 
 def uninstall(model: nn.Module, router: Router) -> Parts:
     """Take everything of a mixture out of a model, which is then what it was, and return it."""
     parts = Parts(mixture_layers(model), units_of(model), router)
-    for module in list(model.modules()):
+    for handle in router.handles:
+        handle.remove()
+    router.handles = []
+    for module in model.modules():
         module._modules.pop(GATE, None)
-        remove_hooks(module)
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if isinstance(checkpoint, Restoring):
             module._gradient_checkpointing_func = checkpoint.checkpoint
@@ -188,19 +187,6 @@ def units_of(model: nn.Module) -> dict[Unit, Gate | None]:
     return found
 
 
-def remove_hooks(module: nn.Module) -> None:
-    """Remove a router's hooks from a module."""
-    for hooks, *others in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-    ):
-        for key, hook in list(hooks.items()):
-            function = hook.func if isinstance(hook, partial) else hook
-            if isinstance(getattr(function, "__self__", None), Router):
-                for entries in (hooks, *others):
-                    entries.pop(key, None)
-
-
 def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_places: list[tuple[str, int]]) -> None:
     """Give new gates and a new head what the old ones have learned of the classes that are in both.
 
@@ -219,22 +205,19 @@ def carry_over(old: Parts, new: Parts, old_places: list[tuple[str, int]], new_pl
                 gate.class_coefficient.copy_(before.class_coefficient)
                 gate.score.weight[rows] = before.score.weight[old_rows]
                 gate.score.bias[rows] = before.score.bias[old_rows]
-        heads = [old.joint_head, new.joint_head]
-        if None not in heads:
-            before, after = ([expert for expert, number in places if number == 0] for places in (old_places, new_places))
-            kept = [(after.index(name), row) for row, name in enumerate(before) if name in after]
-            for name in HEAD_NUMBERS:
-                value, own = getattr(heads[0], name), getattr(heads[1], name)
-                if value.ndim == 0:
-                    own.copy_(value)
-                elif len(value):
-                    own.fill_(value.mean())  # for a new expert, what holds for the others
-                    own[[row for row, _ in kept]] = value[[row for _, row in kept]]
+        if old.joint_head is None or new.joint_head is None:
+            return
+        before, after = ([expert for expert, number in places if number == 0] for places in (old_places, new_places))
+        kept = [(after.index(name), row) for row, name in enumerate(before) if name in after]
+        for name in HEAD_NUMBERS if before else ():
+            value, own = getattr(old.joint_head, name), getattr(new.joint_head, name)
+            own.fill_(value.mean())  # for a new expert, what holds for the others
+            own[[row for row, _ in kept]] = value[[row for _, row in kept]]
 
 
 def is_built(model: nn.Module) -> bool:
     """Whether a mixture has put something into a model."""
-    return any(isinstance(module, MixtureLayer | Gate) for module in model.modules())
+    return bool(mixture_layers(model) or gates(model))
 
 
 def head_width(parts: Parts) -> int | None:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ContextGatedMOE import building
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.heads import JointHead, SharedHead
 from ContextGatedMOE.layers import MixtureLinear
 
@@ -25,27 +25,26 @@ class Exporting:
         head: whose head the model gets where each expert answers among classes of its own; needed unless one expert alone has a
         weight. Heads of one label space are mixed as the rest is. Raises MixtureError, and changes nothing, for unknown names.
         """
-        values = self.weights_of(weights)
-        heads = {name: _head(self, layer, values, weights, head) for name, layer in self.mixture_layers().items()
-                 if not isinstance(layer, MixtureLinear)}
-        layers = self.mixture_layers()
+        values, layers = self.weights_of(weights), self.mixture_layers()
+        owner = self.classes and _owner(self, weights, head)
         base_model = self.unload()
         tied = {parameter.data_ptr() for name, parameter in base_model.named_parameters(remove_duplicate=False)
                 if not any(name == f"{layer}.weight" for layer in layers)}
         for name, layer in layers.items():
             plain = base_model.get_submodule(name)
-            if name in heads:
-                weight, bias = heads[name]
-                new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
-                new.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-                base_model.set_submodule(name, new.train(plain.training))
-                _set_labels(self, base_model, plain, new, weights, head)
+            if isinstance(layer, MixtureLinear):
+                scale = values.to(layer.lora_B.device)[layer.owner]
+                update = (layer.lora_B.float() * scale) @ layer.lora_A.float()
+                if plain.weight.data_ptr() in tied and hasattr(base_model, "config"):
+                    base_model.config.tie_word_embeddings = False  # else saving would put the embedding back in its place
+                plain.weight = nn.Parameter((plain.weight.float() + update).to(plain.weight), plain.weight.requires_grad)
                 continue
-            scale = values.to(layer.lora_B.device)[layer.owner]
-            update = (layer.lora_B.float() * scale) @ layer.lora_A.float()
-            if plain.weight.data_ptr() in tied and hasattr(base_model, "config"):
-                base_model.config.tie_word_embeddings = False  # else saving would put the embedding back in its place
-            plain.weight = nn.Parameter((plain.weight.float() + update).to(plain.weight), plain.weight.requires_grad)
+            weight, bias = _head(layer, values, self.expert_names.index(owner) if owner else None)
+            new = nn.Linear(*weight.shape[::-1], bias is not None, device=weight.device, dtype=weight.dtype)
+            new.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+            base_model.set_submodule(name, new.train(plain.training))
+            width = new.out_features if new.out_features != plain.out_features else None
+            building.set_config(base_model, self.plain_config, self.classes[owner] if owner else (), width)
         return base_model
 
     def to_adapter(self, weights: Mapping[str, float], folder: str | Path, head: str | None = None) -> None:
@@ -55,10 +54,8 @@ class Exporting:
         outputs than the base model; load it onto a base with as many (`num_labels=...`), as with any such adapter. Raises
         MixtureError for unknown names, or if the chosen experts adapt no layer.
         """
-        values = self.weights_of(weights)
-        tensors: dict[str, Tensor] = {}
-        ranks: dict[str, int] = {}
-        heads = []
+        values, tensors, ranks, heads = self.weights_of(weights), {}, {}, []
+        owner = self.classes and _owner(self, weights, head)
         for name, layer in self.mixture_layers().items():
             if isinstance(layer, MixtureLinear):
                 scale = values.to(layer.lora_B.device)[layer.owner]
@@ -68,7 +65,7 @@ class Exporting:
                     tensors[f"{name}.lora_A.weight"] = layer.lora_A[used]
                     tensors[f"{name}.lora_B.weight"] = (layer.lora_B.float() * scale).to(layer.lora_B)[:, used]
             else:
-                weight, bias = _head(self, layer, values, weights, head)
+                weight, bias = _head(layer, values, self.expert_names.index(owner) if owner else None)
                 heads.append(name)
                 tensors |= {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
         if not ranks:
@@ -81,24 +78,20 @@ class Exporting:
             r=max(ranks.values()), lora_alpha=max(ranks.values()), rank_pattern=patterns, alpha_pattern=dict(patterns),
             target_modules=f"(?:{'|'.join(escaped.values())})", modules_to_save=heads or None, inference_mode=True,
             base_model_name_or_path=getattr(self.base_model, "name_or_path", None) or None)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         save_file({f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-                  folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                  Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
         config.save_pretrained(folder)
 
 
-def _head(model: nn.Module, layer: JointHead | SharedHead, values: Tensor, weights: Mapping[str, float],
-          head: str | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the plain head that stands for a mixture's at fixed weights."""
-    if isinstance(layer, SharedHead):
-        values = values.to(layer.expert_weight.device)
-        weight = torch.einsum("e,ecd->cd", values, layer.expert_weight.float()).to(layer.expert_weight)
-        bias = None if layer.expert_bias is None else (values @ layer.expert_bias.float()).to(layer.expert_bias)
-        return weight, bias
-    number = model.expert_names.index(_owner(model, weights, head))
-    sizes = layer.classes.sizes
-    return layer.expert_weight.split(sizes)[number].detach().clone(), layer.expert_bias.split(sizes)[number].detach().clone()
+def _head(layer: JointHead | SharedHead, values: Tensor, owner: int | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the plain head that stands for a mixture's at fixed weights (E,); owner: the number of the expert whose
+    own head stays, where each has one."""
+    if isinstance(layer, JointHead):
+        return tuple(value.split(layer.classes.sizes)[owner].detach().clone() for value in (layer.expert_weight, layer.expert_bias))
+    values, weight, bias = values.to(layer.expert_weight.device), layer.expert_weight, layer.expert_bias
+    return (torch.einsum("e,ecd->cd", values, weight.float()).to(weight),
+            None if bias is None else (values @ bias.float()).to(bias))
 
 
 def _owner(model: nn.Module, weights: Mapping[str, float], head: str | None) -> str:
@@ -112,12 +105,3 @@ def _owner(model: nn.Module, weights: Mapping[str, float], head: str | None) -> 
             f"by head=..., of {', '.join(model.expert_names)}"
         )
     return head
-
-
-def _set_labels(model: nn.Module, base_model: nn.Module, plain: nn.Linear, new: nn.Linear, weights: Mapping[str, float],
-                head: str | None) -> None:
-    """Name the outputs of the new head, or only count them."""
-    if model.classes:
-        building.set_config(base_model, model.plain_config, model.classes[_owner(model, weights, head)])
-    elif new.out_features != plain.out_features:
-        building.set_config(base_model, model.plain_config, width=new.out_features)

@@ -43,7 +43,6 @@ def read_finished(name: str, place: str | Path, **hub: Any) -> tuple[LoraConfig,
         raise MixtureError(f"expert '{name}': there is no peft adapter that can be read at {place} ({reason})") from error
     if not isinstance(config, LoraConfig):
         raise MixtureError(f"expert '{name}' is a {config.peft_type} adapter; only LoRA adapters can be mixed")
-    config.inference_mode = True
     return config, tensors
 
 
@@ -87,9 +86,8 @@ def check_base(name: str, config: LoraConfig, tensors: Mapping[str, Tensor], bas
     stated, own = config.base_model_name_or_path, getattr(base_model, "name_or_path", "")
     if not stated or stated == own or (Path(stated).is_dir() and Path(own).is_dir() and Path(stated).samefile(own)):
         return None
-    layers = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key}
     heads = tuple(key.removeprefix(PREFIX).rpartition(".")[0] + "." for key in tensors if ".lora_" not in key)
-    different = _difference(stated, config.revision, base_model, layers, heads)
+    different = _difference(stated, config.revision, base_model, heads)
     if different:
         raise MixtureError(f"expert '{name}' was trained on {stated}, whose {different} is not that of "
                            f"{own or 'this base model'}; load {stated} as the base model")
@@ -98,8 +96,7 @@ def check_base(name: str, config: LoraConfig, tensors: Mapping[str, Tensor], bas
     return None
 
 
-def _difference(stated: str, revision: str | None, base_model: nn.Module, layers: set[str],
-                heads: tuple[str, ...]) -> str | None:
+def _difference(stated: str, revision: str | None, base_model: nn.Module, heads: tuple[str, ...]) -> str | None:
     """The first weight that differs between a base model and the stated one, "" if none does, None if that cannot be told."""
     if not isinstance(base_model, PreTrainedModel):
         return None
@@ -114,21 +111,18 @@ def _difference(stated: str, revision: str | None, base_model: nn.Module, layers
                 ignore_mismatched_sizes=True, output_loading_info=True, **where)
     except Exception:  # transformers raises many kinds for what is not there or cannot be read
         return None
-    theirs, new = other.state_dict(), set(info["missing_keys"])
-    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    theirs, mismatched = other.state_dict(), {key for key, *_ in info["mismatched_keys"]}
     for key, tensor in identity.plain_state(base_model):
-        if key.startswith(heads) or tensor.is_meta or (key in new and key.rpartition(".")[0] not in layers):
-            continue  # what neither has stored, such as a head that is new in both
-        if key in new | mismatched or key not in theirs or not _same(tensor.cpu(), theirs[key]):
+        if key.startswith(heads) or tensor.is_meta or key in info["missing_keys"]:  # which only chance has filled
+            continue
+        if key in mismatched or key not in theirs or not _same(tensor.cpu(), theirs[key]):
             return f"'{key}'"
     return ""
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal, or one is what rounding to its type makes of the other."""
-    if one.shape != other.shape:
-        return False
     if {one.dtype, other.dtype} == {torch.bfloat16, torch.float16}:  # of one fp32 tensor: these cannot be told apart
-        return True
+        return one.shape == other.shape
     coarse = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(one.to(coarse), other.to(coarse))

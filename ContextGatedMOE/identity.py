@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from ContextGatedMOE import building
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -33,10 +33,9 @@ def fingerprint(base_model: nn.Module, heads: Sequence[str], dtype: str | None =
 
     dtype: one of `DTYPES` to which floating-point tensors are rounded first; None for as they are.
     """
-    digest = hashlib.sha256()
-    replaced = tuple(f"{name}." for name in heads)
+    digest, replaced = hashlib.sha256(), tuple(f"{name}." for name in heads)
     for name, tensor in sorted(plain_state(base_model), key=lambda entry: entry[0]):
-        if replaced and name.startswith(replaced):
+        if name.startswith(replaced):
             continue
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(getattr(torch, dtype))
@@ -56,15 +55,12 @@ def is_same(base_model: nn.Module, config: Mapping[str, Any]) -> bool:
     A fingerprint of every type was kept, so this is no matter of tolerance. Only bf16 and fp16 of one fp32 model cannot be
     known to belong together.
     """
-    heads, kept, rounded = config["heads"], config["base_dtype"], config["base_rounded"]
+    heads, saved, own = config["heads"], config["base_dtype"], dtype_of(base_model)
     if fingerprint(base_model, heads) == config["base_fingerprint"]:
         return True
-    own = dtype_of(base_model)
-    if own == kept:
-        return False
     # The base was rounded from what was saved, or widened; or what was saved had been rounded from this base.
-    return any(fingerprint(base_model, heads, dtype) == rounded.get(dtype)
-               for dtype in dict.fromkeys((own, *([kept] if own == "float32" else []))) if dtype in DTYPES)
+    tried = () if own == saved else (own, saved) if own == "float32" else (own,)
+    return any(fingerprint(base_model, heads, dtype) == config["base_rounded"].get(dtype) for dtype in tried if dtype in DTYPES)
 
 
 def base_place(base_model: nn.Module) -> tuple[str | None, str | None]:
@@ -81,26 +77,18 @@ def base_place(base_model: nn.Module) -> tuple[str | None, str | None]:
 def load_base(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     """Load the transformers model the mixture was saved on, as it was published; the experts bring their heads.
 
-    A folder here and the cache come before the Hub, which is asked only for a commit that was saved: a path that is not there
-    any more may be the name of somebody else's model. Raises MixtureError if it cannot be loaded.
+    The Hub is asked only for a commit that was saved: a path that is not there any more may be the name of somebody else's
+    model. What is in the cache is not fetched again. Raises MixtureError if it cannot be loaded.
     """
     name, kind = config["base_model"], getattr(transformers, config["base_class"], None)
     if not name or not hasattr(kind, "from_pretrained"):
         raise MixtureError(f"{folder} was made on a {config['base_class']} that cannot be loaded by name; pass base_model=...")
     commit = None if Path(name).is_dir() else config["base_commit"]
-
-    def load(**where: Any) -> nn.Module:
-        given = {"dtype": config["base_dtype"], **options, **where, "revision": commit or "main"}
+    given = {"dtype": config["base_dtype"], **options, "revision": commit or "main"}
+    given["local_files_only"] = commit is None or options.get("local_files_only", False)
+    try:
         with quiet():
             return kind.from_pretrained(name, **given)
-
-    try:
-        try:
-            return load(local_files_only=True)
-        except Exception:
-            if commit is None or options.get("local_files_only"):
-                raise
-            return load()
     except Exception as error:  # transformers raises many kinds for what is missing or does not fit
         reason = " ".join(str(error).split())[:300]
         raise MixtureError(f"the base model {name} of {folder} cannot be loaded; pass base_model=... ({reason})") from error

@@ -1,6 +1,6 @@
 """The names of an expert's classes and their order: one check for everything that takes them."""
 
-from collections.abc import KeysView, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ContextGatedMOE.errors import MixtureError
@@ -12,33 +12,25 @@ def class_lists(classes: Mapping[str, Any] | None) -> dict[str, list[str]] | Non
 
 
 def class_names(expert: str, given: Any) -> list[str]:
-    """Names of an expert's classes as a list: from a sequence of names, or from the `id2label` of a model's configuration.
+    """Names of an expert's classes as a list: from names in an order, or from the `id2label` of a model's configuration.
 
     Raises MixtureError if they are no names, not different, have no order (a set), or a number of an `id2label` is missing.
     """
-    if isinstance(given, str) or not hasattr(given, "__iter__"):
-        raise MixtureError(f"expert {expert!r} needs one or more different classes, not {given}")
-    if isinstance(given, Set) and not isinstance(given, KeysView):
-        raise MixtureError(f"expert {expert!r} has its classes as a {type(given).__name__}, which has no order; pass a list in "
-                           "the order of its head's outputs")
-    if isinstance(given, Mapping):
-        given = from_id2label(expert, given)
-    own = list(given)
-    for name in own:
-        if not isinstance(name, str):
-            raise MixtureError(f"expert {expert!r} has the class {name!r}, which is no name; pass names, as text")
-    if len(set(own)) < max(1, len(own)):
-        raise MixtureError(f"expert {expert!r} needs one or more different classes, not {', '.join(own) or 'none'}")
+    ordered = isinstance(given, Iterable) and not isinstance(given, (str, set, frozenset))
+    own = from_id2label(expert, given) if isinstance(given, Mapping) else list(given) if ordered else []
+    if not own or not all(isinstance(name, str) for name in own) or len(set(own)) < len(own):
+        raise MixtureError(f"expert {expert!r} needs its classes as a list of one or more different names, in the order of its "
+                           f"head's outputs, not {given!r}")
     return own
 
 
 def from_id2label(expert: str, id2label: Mapping[Any, Any]) -> list[Any]:
     """The names of an `id2label` by their numbers, which are text in a JSON file. Raises MixtureError if one is missing."""
-    numbered = {int(key): name for key, name in id2label.items() if str(key).isdecimal()}
-    if len(numbered) < len(id2label) or sorted(numbered) != list(range(len(id2label))):
+    by_number = {str(key): name for key, name in id2label.items()}
+    if set(by_number) != {str(number) for number in range(len(id2label))}:
         raise MixtureError(f"expert {expert!r} has its classes as a mapping that is no id2label: its keys are to be the "
                            f"numbers from 0 to {len(id2label) - 1}")
-    return [numbered[number] for number in range(len(numbered))]
+    return [by_number[str(number)] for number in range(len(id2label))]
 
 
 def check_order(expert: str, stated: Sequence[str] | None, classes: Sequence[str]) -> None:
@@ -55,36 +47,17 @@ def output_columns(names: Sequence[str], classes: Mapping[str, Sequence[str]],
     same: groups of (expert, class) that are one class; their output stands where the first of them does. Raises MixtureError
     if a class is not there, or in two groups.
     """
-    group_of: dict[tuple[str, str], int] = {}
+    groups: dict[tuple[str, str], int] = {}
     for number, group in enumerate(same):
-        for entry in group:
-            expert, name = entry
+        for expert, name in group:
             if name not in classes.get(expert, ()):
                 raise MixtureError(f"same=...: expert {expert!r} has no class {name!r}")
-            if group_of.setdefault((expert, name), number) != number:
+            if groups.setdefault((expert, name), number) != number:
                 raise MixtureError(f"same=...: class {name!r} of expert {expert!r} is in two groups")
-    labels: list[tuple[str, str]] = []
-    called: list[str] = []
-    columns: list[int] = []
-    column_of: dict[int, int] = {}
-    for expert in names:
-        for name in classes[expert]:
-            group = group_of.get((expert, name))
-            if group is not None and group in column_of:
-                columns.append(column_of[group])
-                continue
-            if group is not None:
-                column_of[group] = len(labels)
-            sharing = (
-                [expert]
-                if group is None
-                else [
-                    other
-                    for other in names
-                    if any((other, c) in group_of and group_of[other, c] == group for c in classes[other])
-                ]
-            )
-            columns.append(len(labels))
-            labels.append((expert, name))
-            called.append(f"{' / '.join(sharing)}: {name}")
-    return labels, called, columns
+    entries = [(expert, name) for expert in names for name in classes[expert]]
+    members: dict[object, list[tuple[str, str]]] = {}  # of each output, the classes that add to it
+    for entry in entries:
+        members.setdefault(groups.get(entry, entry), []).append(entry)
+    numbers = {key: number for number, key in enumerate(members)}
+    called = [f"{' / '.join(dict.fromkeys(expert for expert, _ in own))}: {own[0][1]}" for own in members.values()]
+    return [own[0] for own in members.values()], called, [numbers[groups.get(entry, entry)] for entry in entries]

@@ -1,4 +1,19 @@
-"""The mixture: a base model with frozen LoRA experts, weighed for each image by gates that are never told the task."""
+"""The mixture and its forward pass: a frozen base model with frozen LoRA experts, weighed for each image by gates.
+
+What happens to a batch of images, in order; `building` has put hooks and layers into the base model that do it:
+
+1. `ContextGatedMOE.run` runs the base model once, or with `passes=2` twice: first to find the expert, then to answer with it.
+2. Before a block with a gate, `Router.enter` hands its input (B, N, D) to `Gate.features`, which pools an image's tokens and its
+   random ReLU features into (B, K).
+3. `Gate.forward` scores the classes of all experts (B, C) from these; the scores are added to the evidence of the gates before.
+4. `ClassMap.weights` makes one weight per expert of the evidence, g = softmax over experts (B, E), kept by `Router` for the block.
+5. In the block, `MixtureLinear.forward` computes y = W x + b + sum_e g_e s_e B_e A_e x.
+6. `JointHead.forward` answers with one of all experts' classes, from their own heads, the weights and the gates' scores:
+   log p(e, c | x) = log g_e + log softmax(W_e h + b_e + what the gates say of e's classes)_c, normalised over all. Without class
+   names, `SharedHead.forward` mixes heads of one label space: sum_e g_e (W_e h + b_e).
+
+Fitting the gates is told in `experts.fit`; reading of adapters, saving, the Hub and export stand in files of their own.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,12 +25,14 @@ import torch
 from torch import nn
 
 from ContextGatedMOE import building, experts, fitting
-from ContextGatedMOE.adapters import Expert, MixtureError, at_least_one, check_together
+from ContextGatedMOE.adapters import Expert, at_least_one, check_together
 from ContextGatedMOE.asking import Asking
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.exporting import Exporting
-from ContextGatedMOE.forward import Forward
+from ContextGatedMOE.forward import LikeItsBase
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
+from ContextGatedMOE.hub import Sharing
 from ContextGatedMOE.labels import class_lists
 from ContextGatedMOE.reading import read_experts
 from ContextGatedMOE.routing import Router
@@ -26,13 +43,11 @@ from ContextGatedMOE.training import train_gates
 GATE_HIDDEN = 128
 
 
-class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
+class ContextGatedMOE(LikeItsBase, Asking, Saving, Sharing, Exporting, nn.Module):
     """A frozen base model with frozen LoRA experts, mixed per image by small gates.
 
-    Before the first blocks a gate looks at an image's tokens and finds evidence for every class of every expert (see `Gate`);
-    it is carried on from block to block, and says how much each expert counts. With `classes`, the answer is one of all
-    experts' classes (see `JointHead`). The mixture takes what the base model takes, and a prediction never depends on the other
-    images of the batch. The batch must be the first dimension of every input.
+    With `classes`, the answer is one of all experts' classes. The mixture takes what the base model takes, and a prediction
+    never depends on the other images of the batch. The batch must be the first dimension of every input.
 
     A gate weighs all tokens of one pass alike. In a causal language model the logits of early tokens therefore depend,
     through the gates, on later tokens of the same pass; while it generates with a cache, the gates see the prompt first and
@@ -45,8 +60,6 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
     largest (Shazeer et al. 2017, section 2.1).
     """
 
-    forward = Forward()
-
     def __init__(self, base_model: nn.Module, adapters: Sequence[Expert], classes: Mapping[str, Sequence[str]] | None = None, *,
                  same: Sequence[Sequence[tuple[str, str]]] = (), gate_hidden: int = GATE_HIDDEN, top_k: int | None = None,
                  passes: int = 1, gates: Sequence[str] | None = None):
@@ -57,11 +70,14 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
         """
         super().__init__()
         self.gate_hidden = at_least_one("gate_hidden", gate_hidden)
+        self.plain_config = getattr(base_model, "config", None)
         if building.is_built(base_model):
             raise MixtureError(
                 "this base model is part of a mixture already; call unload() of that mixture, or load the base anew"
             )
-        self.router = Router(bool(getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)))
+        if getattr(self.plain_config, "is_encoder_decoder", False):
+            raise MixtureError(f"a {type(base_model).__name__} has an encoder and a decoder; only models of one of them can be mixed")
+        self.router = Router()
         self.top_k, self.passes = top_k, passes
         self.same = [[(expert, name) for expert, name in group] for group in same]
         self.refuse_below: float | None = None
@@ -70,7 +86,6 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
         self.shrinkage = SHRINKAGE
         self.usual_familiarity = (0.0, 1.0)  # median and spread of known images, before they are brought to -1 to 1
         self.statistics: dict[str, dict[str, Statistics]] = {}
-        self.plain_config = getattr(base_model, "config", None)
         self.trained_before = {name for name, parameter in base_model.named_parameters() if parameter.requires_grad}
         check_together(adapters, base_model, classes := class_lists(classes))
         self.base_model = base_model.requires_grad_(False)
@@ -81,46 +96,41 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
             raise
 
     @classmethod
-    def from_adapters(
-        cls,
-        base_model: nn.Module,
-        adapters: Mapping[str, str | Path | None],
-        classes: Mapping[str, Sequence[str]] | None = None,
-        *,
-        same: Sequence[Sequence[tuple[str, str]]] = (),
-        gate_hidden: int = GATE_HIDDEN,
-        top_k: int | None = None,
-        passes: int = 1,
-    ) -> "ContextGatedMOE":
+    def from_adapters(cls, base_model: nn.Module, adapters: Mapping[str, str | Path | None],
+                      classes: Mapping[str, Sequence[str]] | None = None, **options: Any) -> "ContextGatedMOE":
         """Build a mixture of peft LoRA adapters.
 
         base_model: the model the adapters were trained on; its adapted layers are replaced in place. adapters: expert name ->
         adapter folder or Hub name, or None for an expert that has images and classes only: its answer is what the gates know of
         its classes. An empty mapping gives the base model itself. classes: expert name -> its classes in the order of its
-        head's outputs, or its `id2label`: the answer is one of all. Without, heads of one label space are mixed. same: groups
-        of (expert, class) that are one class, whose probabilities add up. gate_hidden: units of a gate's first layer. top_k: how
-        many experts an image uses (all if None). passes: 2 lets the plain base model find the expert at all depths, before the
-        one that it finds likeliest answers in a second pass.
+        head's outputs, or its `id2label`: the answer is one of all. Without, heads of one label space are mixed.
+
+        options: same, groups of (expert, class) that are one class, whose probabilities add up; gate_hidden, units of a gate's
+        first layer; top_k, how many experts an image uses (all if None); passes, 2 lets the plain base model find the expert at
+        all depths, before the one that it finds likeliest answers in a second pass.
 
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
         """
         stored = read_experts(base_model, {name: adapter for name, adapter in adapters.items() if adapter is not None})
         without = [Expert(name) for name, adapter in adapters.items() if adapter is None]
-        return cls(base_model, [*stored, *without], classes, same=same, gate_hidden=gate_hidden, top_k=top_k,
-                   passes=passes)
+        return cls(base_model, [*stored, *without], classes, **options)
+
+    # ---- the forward pass ----
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass: arguments and result are the base model's own; labels, where it takes them, are output numbers.
 
-        A 2-D `attention_mask` (B, T) also tells the gates which tokens count, where it fits (see `Router`).
+        A 2-D `attention_mask` (B, T) also tells the gates which of T tokens count.
         """
         settings = self.__dict__.get("replica_settings")
-        if settings is None:
-            with self.router.whole_pass():
-                return self._passes(*args, **kwargs)
-        with self.router.using(fixed=settings.fixed, plain=settings.plain, body=settings.body):
+        with self.router.whole_pass() if settings is None else self.router.using(**settings):
             return self._passes(*args, **kwargs)
+
+    # `transformers.Trainer` asks the class, before any base model is known, whether it takes labels.
+    run.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+                                           inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None),
+                                           inspect.Parameter("inputs", inspect.Parameter.VAR_KEYWORD)])
 
     def _passes(self, *args: Any, **kwargs: Any) -> Any:
         settings = self.router.settings
@@ -134,41 +144,6 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
         weights = select(self.joint_head.classes.expert_log_probs(evidence.experts).exp(), top_k, self.training)
         with self.router.using(evidence=replace(evidence, classes=None, weights=weights, top_k=top_k)):
             return self.base_model(*args, **kwargs)
-
-    # `transformers.Trainer` asks the class, before any base model is known, whether it takes labels.
-    run.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-                                           inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None),
-                                           inspect.Parameter("inputs", inspect.Parameter.VAR_KEYWORD)])
-
-    def _replicate_for_data_parallel(self) -> nn.Module:
-        replica = super()._replicate_for_data_parallel()
-        # Its thread does not see this one's `with` blocks. Passes are not recorded there: each sees a part of the batch.
-        replica.__dict__["replica_settings"] = self.router.settings
-        return replica
-
-    def __getattr__(self, name: str) -> Any:
-        """What the mixture itself has not is the base model's: generate, main_input_name, gradient_checkpointing_enable ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
-
-    @property
-    def config(self) -> Any:
-        """The base model's configuration, with the mixture's own outputs where it knows classes."""
-        return self.base_model.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.base_model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the frozen parameters; the gates compute in fp32."""
-        return next(self.base_model.parameters()).dtype
 
     @property
     def top_k(self) -> int | None:

@@ -1,15 +1,12 @@
 """What one forward pass of a mixture is asked for, and what it carries from gate to gate."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ContextGatedMOE.adapters import MixtureError
-
-if TYPE_CHECKING:
-    from ContextGatedMOE.routing import Router
+from ContextGatedMOE.errors import MixtureError
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ class Evidence:
 
     def to(self, device: torch.device) -> "Evidence":
         """The same on a device."""
-        moved = (None if value is None else value.to(device) for value in (self.experts, self.classes, self.weights))
-        return Evidence(*moved, self.top_k)
+        tensors = (None if value is None else value.to(device) for value in (self.experts, self.classes, self.weights))
+        return Evidence(*tensors, self.top_k)
 
     def and_also(self, experts: Tensor | None, classes: Tensor | None) -> "Evidence":
         """With what one more gate says of the experts and of the classes, each (B, C) or None; the weights stay."""
@@ -87,18 +84,21 @@ def _sum(before: Tensor | None, more: Tensor | None) -> Tensor | None:
 class Pass:
     """One forward pass of one mixture.
 
-    router: whose pass it is. batches: the leading sizes of the pass's inputs. masks: 2-D attention masks by argument name.
-    cached: whether earlier tokens are in a cache, so that a mask may be longer than the tokens. evidence: by chain, the latest
-    last. outer: the pass around it.
+    batches: the leading sizes of the pass's inputs. attention_mask: of a text, (B, T). evidence: by chain, the latest last.
+    outer: the pass around it.
     """
 
-    router: "Router"
     settings: Settings
     batches: list[int] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    cached: bool = False
+    attention_mask: Tensor | None = None
     evidence: dict[str, Evidence] = field(default_factory=dict)
     outer: "Pass | None" = None
+
+    def mask_of(self, unit: Unit, tokens: int) -> Tensor | None:
+        """The attention mask (B, N) of the N tokens before a unit; None where it has another length, or for one of several
+        towers, which cannot be told apart."""
+        mask = self.attention_mask
+        return mask if mask is not None and mask.ndim == 2 and mask.shape[1] == tokens and not unit.chain else None
 
     def latest(self, batch: int, name: str) -> Evidence:
         """The latest evidence on a batch of that size, for a layer after a chain. Raises MixtureError if there is none."""

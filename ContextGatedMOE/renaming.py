@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key
 
-from ContextGatedMOE.adapters import MixtureError, plain_layers
+from ContextGatedMOE.adapters import plain_layers
+from ContextGatedMOE.errors import MixtureError
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing call the module that they wrap.
@@ -35,6 +36,8 @@ class LayerNames:
 
     def today(self, name: str) -> tuple[str, ...]:
         """The layers that `name` is today: one, or several where the outputs of one layer are those of several now."""
+        if name in self.layers:
+            return (name,)
         renamed, cut = rename_source_key(f"{name}.weight", self._renamings, self._cuts)
         if cut is None:
             return (renamed.removesuffix(".weight"),)
@@ -53,40 +56,39 @@ def _cuts_rows(conversion: WeightConverter) -> bool:
     return len(operations) == 1 and isinstance(operations[0], Chunk) and operations[0].dim == 0
 
 
-def in_todays_names(
-    name: str, model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The options and tensors of the expert `name`, layers called as in `model`, whatever they were when it was trained.
+def in_todays_names(name: str, names: LayerNames, config: LoraConfig,
+                    tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The options and tensors of the expert `name`, layers called as in the base, whatever they were when it was trained.
 
-    model: the base, which may be that of a mixture. What has today's names already is returned as it is. Raises MixtureError
-    if the options name layers that there are no tensors of.
+    names: of the base model, which may be that of a mixture. Of the options, `rank_pattern`, `alpha_pattern` and `modules_to_save` are
+    in today's names. Raises MixtureError if the options name layers that there are no tensors of.
     """
-    names = LayerNames(model)
-    found: dict[str, tuple[str, ...]] = {}  # layer without wrappers -> the same today
-    adapted, renamed = set(), {}
+    before: dict[str, str] = {}  # an adapted layer today -> the same in the adapter
+    renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         plain = names.unwrapped(key).removeprefix(PREFIX)
-        layer, part = (plain.partition(".lora_")[0], True) if ".lora_" in plain else (plain.rpartition(".")[0], False)
-        if layer not in found:
-            found[layer] = (layer,) if layer in names.layers else names.today(layer)
-        adapted |= {layer} if part else set()
-        rest, cut = plain[len(layer):], len(found[layer])
-        parts = [tensor] * cut if ".lora_A." in rest else tensor.chunk(cut)
-        renamed |= {f"{PREFIX}{today}{rest}": own for today, own in zip(found[layer], parts, strict=True)}
-    if renamed.keys() == tensors.keys():
-        return config, dict(tensors)
-    before = {today: layer for layer in sorted(adapted) for today in found[layer]}
+        layer, lora, _ = plain.partition(".lora_")
+        layer = layer if lora else layer.rpartition(".")[0]
+        rest, today = plain[len(layer):], names.today(layer)
+        parts = [tensor] * len(today) if ".lora_A." in rest else tensor.chunk(len(today))
+        renamed |= {f"{PREFIX}{own}{rest}": part for own, part in zip(today, parts, strict=True)}
+        before |= dict.fromkeys(today, layer) if lora else {}
+    config, has_earlier_names = copy.copy(config), renamed.keys() != tensors.keys()
+    if has_earlier_names:
+        for pattern, otherwise in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+            given = getattr(config, pattern) or {}
+            setattr(config, pattern, {today: of_pattern(given, layer, otherwise) for today, layer in before.items()})
+        config.modules_to_save = [
+            today for layer in config.modules_to_save or () for today in names.today(names.unwrapped(layer))]
     for layer, module in names.layers.items():
-        targeted = any(check_target_module_exists(config, called) for called in (layer, names.earlier(layer)))
-        if targeted and isinstance(module, nn.Linear) and layer not in before:
+        if layer in before or not isinstance(module, nn.Linear) or f"{PREFIX}{layer}.weight" in renamed:
+            continue
+        called = (layer, names.earlier(layer)) if has_earlier_names else (layer,)
+        if layer.endswith(tuple(config.modules_to_save or ())) or any(check_target_module_exists(config, one) for one in called):
             raise MixtureError(f"expert '{name}' lacks the tensors of '{layer}'; its file is damaged or of another model")
-    config = copy.copy(config)
-    config.target_modules = set(before)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None  # the layers are all named now
-    for pattern, otherwise in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
-        given = getattr(config, pattern) or {}
-        setattr(config, pattern, {today: given.get(get_pattern_key(given, layer), otherwise)
-                                  for today, layer in before.items()} if given else {})
-    if config.modules_to_save is not None:
-        config.modules_to_save = [today for layer in config.modules_to_save for today in names.today(names.unwrapped(layer))]
     return config, renamed
+
+
+def of_pattern(pattern: Mapping[str, float], layer: str, otherwise: float) -> float:
+    """What a `rank_pattern` or `alpha_pattern` says of a layer, by peft's rule."""
+    return pattern.get(get_pattern_key(pattern.keys(), layer), otherwise)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.passes import Evidence, Pass, Settings, Unit, Weights
 
 GATE = "context_gate"  # the name of a gate as a submodule of the block before which it stands
@@ -36,16 +37,15 @@ class Router:
     """Steers the passes of one mixture by hooks on its base model, on its blocks and on layers outside of any block.
 
     All that a pass carries belongs to its thread and ends with it: a pass in another thread or a later one never sees it, and a
-    backward pass that computes a block again is given that block's own weights. is_encoder_decoder: the decoder has its own
-    mask.
+    backward pass that computes a block again is given that block's own weights.
     """
 
-    def __init__(self, is_encoder_decoder: bool):
-        self.is_encoder_decoder = is_encoder_decoder
+    def __init__(self) -> None:
         self.start = 0  # the number of the block from which on the experts are used; the gates before it see the plain model
         self.top_k: int | None = None
         self.passes = 1
         self.blocks = 0  # how many blocks the model has in its only list
+        self.handles: list[RemovableHandle] = []  # of the hooks below
 
     @property
     def settings(self) -> Settings:
@@ -78,14 +78,11 @@ class Router:
     # ---- the hooks ----
 
     def begin(self, inputs: tuple[str, ...], model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the base model runs, or alone its encoder: begin a pass. inputs: names of the model's arguments in order."""
+        """Before the base model runs: begin a pass. inputs: names of the model's arguments in order."""
         given = dict(zip(inputs, args, strict=False)) | kwargs
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim}
-        masks = {name: value for name, value in tensors.items() if name.endswith("attention_mask") and value.ndim == 2}
         batches = [value.shape[0] for value in tensors.values()]  # no set: a symbolic size of torch.export has no hash
-        _thread.running = Pass(
-            self, self.settings, batches, masks, given.get("past_key_values") is not None, outer=_thread.running
-        )
+        _thread.running = Pass(self.settings, batches, tensors.get("attention_mask"), outer=_thread.running)
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
         """After the base model has run, or failed: end the pass."""
@@ -98,8 +95,7 @@ class Router:
         x = next((value for value in given if isinstance(value, Tensor) and value.is_floating_point()), None)
         if x is None:
             raise MixtureError(f"'{unit.name}' got no tensor by which to weigh the experts")
-        masked = any(isinstance(value, Tensor) and value.ndim > 1 and value is not x for value in given)
-        values, top_k = self._weigh(unit, module, x, masked)
+        values, top_k = self._weigh(unit, module, x)
         if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for part in module.modules():  # the backward pass may compute a block again, when this pass is long over
                 checkpoint = getattr(part, "_gradient_checkpointing_func", None)
@@ -112,10 +108,10 @@ class Router:
         if _thread.weights is not None:
             _thread.weights = _thread.weights[1]
 
-    def _weigh(self, unit: Unit, module: nn.Module, x: Tensor, masked: bool) -> tuple[Tensor | None, int | None]:
+    def _weigh(self, unit: Unit, module: nn.Module, x: Tensor) -> tuple[Tensor | None, int | None]:
         """The experts' weights (B, E) in a unit, None where they are left out, and how many are above zero; see `Weights`.
 
-        x: (B, ..., D), its input. masked: whether the unit itself may have been given a mask.
+        x: (B, ..., D), its input.
         """
         current, batch = current_pass(unit.name), x.shape[0]
         settings, before = current.settings, None if unit.first else current.evidence.get(unit.chain)
@@ -124,13 +120,13 @@ class Router:
                 f"'{unit.name}' gets {batch} rows for inputs of {sorted(set(map(int, current.batches)))}; a mixture needs "
                 "the batch as the first dimension"
             )
-        gate, said = getattr(module, GATE, None), None
+        gate, scores = getattr(module, GATE, None), None
         asked = settings.fixed is None and not settings.plain
         if gate is not None and (settings.features is not None or asked):
             tokens = as_tokens(x).to(gate.score.weight.device)
-            features = gate.features(tokens, self._mask(current, unit, tokens.shape[1], masked))
+            features = gate.features(tokens, current.mask_of(unit, tokens.shape[1]))
             settings.note_features(unit.name, features)
-            said = gate(features) if asked else None
+            scores = gate(features) if asked else None
         if settings.plain:
             return None, None
         before_start = unit.place is not None and unit.place < self.start
@@ -139,14 +135,14 @@ class Router:
             before_start = before_start and settings.from_start
         elif settings.evidence is not None:
             evidence, before_start = (before or settings.evidence.to(x.device)), False
-            evidence = evidence if said is None else evidence.and_also(None, said[1])
-        elif said is None and before is None and unit.place is not None:
+            evidence = evidence if scores is None else evidence.and_also(None, scores[1])
+        elif scores is None and before is None and unit.place is not None:
             return None, None  # no gate has seen the images yet
-        elif said is None:
+        elif scores is None:
             evidence = before or current.latest(batch, unit.name)
         else:
             routes = self.routes(unit) or before is None
-            evidence = (before or Evidence(None, None, said[0], None)).and_also(said[0] if routes else None, said[1])
+            evidence = (before or Evidence(None, None, scores[0], None)).and_also(scores[0] if routes else None, scores[1])
             if routes:
                 evidence = replace(evidence, weights=gate.classes.weights(evidence.experts, self.top_k, module.training),
                                    top_k=self.top_k)
@@ -167,22 +163,6 @@ class Router:
         """Whether the gate before a unit tells of the experts: later ones see what the experts made of an image, in which each
         finds its own."""
         return unit.place is None or unit.place <= self.start or self.passes == 2
-
-    def _mask(self, current: Pass, unit: Unit, tokens: int, masked: bool) -> Tensor | None:
-        """The attention mask (B, N) of the N tokens before a block, or None where none is known to fit.
-
-        A mask counts if it is as long as the tokens are many. While a decoder generates with a cache, the mask covers earlier
-        tokens too, and the last N entries belong to these. In any other case, as where a model shortens its input, it is not
-        used. Of several towers only one that was given a mask has any.
-        """
-        encoder = self.is_encoder_decoder and "encoder." in unit.name
-        decoder = self.is_encoder_decoder and not encoder
-        mask = current.masks.get("decoder_attention_mask" if decoder else "attention_mask")
-        if mask is None or (tokens == 1 and not current.cached) or (unit.chain and not self.is_encoder_decoder and not masked):
-            return None
-        if current.cached and not encoder and mask.shape[1] > tokens:
-            return mask[:, -tokens:]
-        return mask if mask.shape[1] == tokens else None
 
 
 class Restoring:

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ContextGatedMOE import building, hub, identity
-from ContextGatedMOE.adapters import MixtureError, cut_experts
+from ContextGatedMOE.adapters import cut_experts
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.heads import HEAD_GATE
 from ContextGatedMOE.layers import MixtureLinear
 from ContextGatedMOE.statistics import Statistics
@@ -24,43 +22,19 @@ STATISTICS_FILE = "cgm_statistics.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, STATISTICS_FILE)
 FORMAT = 3
 NOT_ITS_OWN = ("base.", f"{building.GATE}.", f"{HEAD_GATE}.")  # tensors inside a layer that belong to the base or to its gate
-# What a configuration holds, and of what type.
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "base_model": (str, type(None)),
-    "base_commit": (str, type(None)),
-    "base_class": str,
-    "base_dtype": str,
-    "base_fingerprint": str,
-    "base_rounded": dict,
-    "experts": list,
-    "classes": (dict, type(None)),
-    "same": list,
-    "gate_hidden": int,
-    "top_k": (int, type(None)),
-    "refuse_below": (float, type(None)),
-    "ranks": dict,
-    "passes": int,
-    "fitted_passes": (int, type(None)),
-    "start": int,
-    "gates": list,
-    "shrinkage": float,
-    "without_adapter": list,
-    "usual_familiarity": list,
-    "heads": list,
-    "weights_sha256": str,
-    "statistics_sha256": (str, type(None)),
-}
+# What is kept of a mixture under its own name; the rest of a configuration is `_config`'s.
+KEPT = ("classes", "same", "gate_hidden", "top_k", "refuse_below", "passes", "fitted_passes", "shrinkage", "without_adapter",
+        "usual_familiarity")
+FIELDS = {*KEPT, "format", "base_model", "base_commit", "base_class", "base_dtype", "base_fingerprint", "base_rounded", "experts",
+          "ranks", "heads", "start", "gates", "weights_sha256", "statistics_sha256"}
 
 
 class Saving:
-    """`save_pretrained`, `from_pretrained`, `push_to_hub` and `model_card` of a mixture."""
+    """`save_pretrained` and `from_pretrained` of a mixture."""
 
     def base_fingerprint(self) -> str:
         """SHA-256 over the frozen base tensors, without the heads that the experts replace."""
-        return identity.fingerprint(self.base_model, self._head_names())
-
-    def _head_names(self) -> list[str]:
-        return [name for name, layer in self.mixture_layers().items() if not isinstance(layer, MixtureLinear)]
+        return identity.fingerprint(self.base_model, _heads_of(self))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write gates, experts, heads and statistics (safetensors) and what they belong to (JSON) into `folder`.
@@ -70,42 +44,15 @@ class Saving:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        layers, heads = self.mixture_layers(), self._head_names()
-        tensors = {f"{name}.{key}": tensor.contiguous() for name, module in _parts(self).items()
-                   for key, tensor in module.state_dict().items() if not key.startswith(NOT_ITS_OWN)}
+        tensors = {name: tensor.contiguous() for name, tensor in _tensors(self).items()}
         sums = {f"{expert}/{layer}/{key}": tensor.contiguous() for expert, by_layer in self.statistics.items()
                 for layer, statistics in by_layer.items() for key, tensor in vars(statistics).items()}
         files = {WEIGHTS_FILE: tensors, **({STATISTICS_FILE: sums} if sums else {})}
         for name, content in files.items():
             save_file(content, folder / f"{name}.part")
-        base, commit = identity.base_place(self.base_model)
-        config = {
-            "format": FORMAT,
-            "base_model": base,
-            "base_commit": commit,
-            "base_class": type(self.base_model).__name__,
-            "base_dtype": identity.dtype_of(self.base_model),
-            "base_fingerprint": self.base_fingerprint(),
-            "base_rounded": {name: identity.fingerprint(self.base_model, heads, name) for name in identity.DTYPES},
-            "experts": self.expert_names,
-            "classes": self.classes,
-            "same": self.same,
-            "gate_hidden": self.gate_hidden,
-            "top_k": self.top_k,
-            "refuse_below": None if self.refuse_below is None else float(self.refuse_below),
-            "ranks": {name: module.ranks for name, module in layers.items() if isinstance(module, MixtureLinear)},
-            "heads": heads,
-            "passes": self.passes,
-            "fitted_passes": self.fitted_passes,
-            "start": self.router.start,
-            "gates": list(self.gates()),
-            "shrinkage": self.shrinkage,
-            "without_adapter": self.without_adapter,
-            "usual_familiarity": list(self.usual_familiarity),
-            "weights_sha256": _file_digest(folder / f"{WEIGHTS_FILE}.part"),
-            "statistics_sha256": _file_digest(folder / f"{STATISTICS_FILE}.part") if sums else None,
-        }
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        digests = {f"{kind}_sha256": _file_digest(folder / f"{name}.part") if name in files else None
+                   for kind, name in (("weights", WEIGHTS_FILE), ("statistics", STATISTICS_FILE))}
+        text = json.dumps(_config(self) | digests, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / f"{CONFIG_FILE}.part").write_text(text, encoding="utf-8")
         if hasattr(getattr(self.base_model, "config", None), "save_pretrained"):
             self.config.save_pretrained(folder)
@@ -115,19 +62,9 @@ class Saving:
             os.replace(folder / f"{name}.part", folder / name)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        base_model: nn.Module | None = None,
-        *,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        check_base: bool = True,
-        **base_options: Any,
-    ) -> Self:
+    def from_pretrained(cls, name: str | Path, base_model: nn.Module | None = None, *, revision: str | None = None,
+                        subfolder: str = "", token: str | bool | None = None, cache_dir: str | Path | None = None,
+                        local_files_only: bool = False, check_base: bool = True, **base_options: Any) -> Self:
         """Load what `save_pretrained` wrote, in evaluation mode.
 
         name: a folder, or a Hub name "owner/name" with `revision` (branch, tag or commit), `subfolder`, `token`, `cache_dir`
@@ -141,7 +78,8 @@ class Saving:
         folder = Path(name) if Path(name).is_dir() else hub.download(str(name), revision, subfolder, FILES, **hub_options)
         folder = folder / subfolder
         config = read_config(folder)
-        tensors, sums = read_tensors(folder, config)
+        tensors, sums = (_read_tensors(folder / file, config[digest])
+                         for file, digest in ((WEIGHTS_FILE, "weights_sha256"), (STATISTICS_FILE, "statistics_sha256")))
         if base_model is None:
             base_model = identity.load_base(folder, config, hub_options | base_options)
         if check_base and not identity.is_same(base_model, config):
@@ -154,14 +92,12 @@ class Saving:
             sizes = [len(config["classes"][name]) if config["classes"] else 1 for name in config["experts"]]
             experts = cut_experts(config["experts"], config["ranks"], config["heads"], sizes, tensors,
                                   config["without_adapter"])
-            same = [[(expert, name) for expert, name in group] for group in config["same"]]
-            model = cls(
-                base_model, experts, config["classes"], same=same, gate_hidden=config["gate_hidden"], top_k=config["top_k"],
-                passes=config["passes"], gates=config["gates"],
-            )
-            model.router.start, model.fitted_passes = config["start"], config["fitted_passes"]
-            model.shrinkage, model.usual_familiarity = config["shrinkage"], tuple(config["usual_familiarity"])
-            _load_parts(model, tensors)
+            model = cls(base_model, experts, config["classes"], gates=config["gates"],
+                        **{key: config[key] for key in ("same", "gate_hidden", "top_k", "passes")})
+            model.router.start, model.fitted_passes = int(config["start"]), config["fitted_passes"]
+            model.shrinkage, model.usual_familiarity = float(config["shrinkage"]), tuple(map(float, config["usual_familiarity"]))
+            model.refuse_below = None if config["refuse_below"] is None else float(config["refuse_below"])
+            _fill(model, tensors)
             model.statistics = _cut_statistics(sums)
         except (MixtureError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if model is not None:
@@ -169,56 +105,48 @@ class Saving:
             if isinstance(error, MixtureError):
                 raise
             raise MixtureError(f"{folder} does not hold together: {' '.join(str(error).split())[:200]}") from error
-        model.refuse_below = config["refuse_below"]
         return model.eval()
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        figures: Mapping[str, Any] | None = None,
-        made: str = "",
-        revision: str | None = None,
-        token: str | bool | None = None,
-        private: bool | None = None,
-        commit_message: str = "Upload a context gated mixture of experts",
-        create_pr: bool = False,
-    ) -> str:
-        """Upload what `save_pretrained` writes, and `model_card` as README.md, to the Hub. Returns the address of the commit.
 
-        figures, made: as for `model_card`. The other arguments are those of huggingface_hub's `upload_folder` and
-        `create_repo`.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            (Path(folder) / "README.md").write_text(self.model_card(figures, made, repo_id), encoding="utf-8")
-            return hub.upload(folder, repo_id, revision, token, private, commit_message, create_pr)
-
-    def model_card(self, figures: Mapping[str, Any] | None = None, made: str = "", repo_id: str = "OWNER/NAME") -> str:
-        """A README.md for the Hub: base, experts, classes, how the mixture was made, and its figures.
-
-        figures: what was measured, by name, such as {"accuracy on 800 test images": 0.95}. made: sentences on how it was made,
-        besides what the mixture knows itself. repo_id: its name in the example.
-        """
-        return hub.card(self, figures or {}, made, repo_id)
+def _heads_of(model: nn.Module) -> list[str]:
+    return [name for name, layer in model.mixture_layers().items() if not isinstance(layer, MixtureLinear)]
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers and gates of a mixture by the names that their tensors have on disk."""
-    return {**model.mixture_layers(), **{f"{name}.{building.GATE}": gate for name, gate in model.gates().items()}}
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What a mixture's tensors belong to, as it is saved, but for their checksums."""
+    heads, (base, commit) = _heads_of(model), identity.base_place(model.base_model)
+    return {key: getattr(model, key) for key in KEPT} | {
+        "format": FORMAT,
+        "base_model": base,
+        "base_commit": commit,
+        "base_class": type(model.base_model).__name__,
+        "base_dtype": identity.dtype_of(model.base_model),
+        "base_fingerprint": model.base_fingerprint(),
+        "base_rounded": {name: identity.fingerprint(model.base_model, heads, name) for name in identity.DTYPES},
+        "experts": model.expert_names,
+        "ranks": {name: layer.ranks for name, layer in model.mixture_layers().items() if name not in heads},
+        "heads": heads,
+        "refuse_below": None if model.refuse_below is None else float(model.refuse_below),
+        "start": model.router.start,
+        "gates": list(model.gates()),
+    }
 
 
-def _load_parts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Fill layers and gates. Raises RuntimeError unless there is exactly what they need."""
-    left = set(tensors)
-    for name, module in _parts(model).items():
-        kept = {key: value for key, value in module.state_dict().items() if key.startswith(NOT_ITS_OWN)}
-        own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        own = {key: value for key, value in own.items() if not key.startswith(NOT_ITS_OWN)}
-        module.load_state_dict(own | kept)
-        left -= {f"{name}.{key}" for key in own}
-    if left:
-        raise RuntimeError(f"it holds {', '.join(sorted(left)[:3])}, which no part of it needs")
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a mixture has besides its base: the tensors of its layers and gates by their names on disk."""
+    parts = {**model.mixture_layers(), **{f"{name}.{building.GATE}": gate for name, gate in model.gates().items()}}
+    return {f"{name}.{key}": tensor for name, module in parts.items() for key, tensor in module.state_dict().items()
+            if not key.startswith(NOT_ITS_OWN)}
+
+
+def _fill(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Fill layers and gates. Raises ValueError unless there is exactly what they need."""
+    own = _tensors(model)
+    if wrong := sorted(name for name in own.keys() | stored.keys()
+                       if name not in own or name not in stored or own[name].shape != stored[name].shape):
+        raise ValueError(f"{', '.join(wrong[:3])} is missing, too much or of another shape")
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
 
 
 def _file_digest(path: Path) -> str:
@@ -235,25 +163,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise MixtureError(f"{folder / CONFIG_FILE} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") != FORMAT or not FIELDS <= config.keys():
         raise MixtureError(f"{folder / CONFIG_FILE} is not of format {FORMAT}; make the mixture anew from its adapters")
-    for name, kind in FIELDS.items():
-        if name not in config or not isinstance(config[name], kind) or isinstance(config[name], bool):
-            raise MixtureError(f"{folder / CONFIG_FILE} has no sensible {name!r}")
     return config
 
 
-def read_tensors(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and statistics of a saved mixture. Raises MixtureError unless they are whole."""
-    contents = []
-    for name, digest in ((WEIGHTS_FILE, config["weights_sha256"]), (STATISTICS_FILE, config["statistics_sha256"])):
-        try:
-            if digest is not None and _file_digest(folder / name) != digest:
-                raise MixtureError(f"{folder / name} was changed or damaged: its checksum does not fit")
-            contents.append({} if digest is None else load_file(folder / name))
-        except (OSError, SafetensorError) as error:
-            raise MixtureError(f"{folder / name} cannot be read: {error}") from error
-    return contents[0], contents[1]
+def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
+    """The tensors of a file, none where it has no checksum. Raises MixtureError unless they are as they were saved."""
+    if digest is None:
+        return {}
+    if not path.is_file() or _file_digest(path) != digest:
+        raise MixtureError(f"{path} was lost, changed or damaged: its checksum does not fit")
+    return load_file(path)
 
 
 def _cut_statistics(sums: dict[str, Tensor]) -> dict[str, dict[str, Statistics]]:

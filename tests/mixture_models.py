@@ -145,22 +145,9 @@ def _images(size: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(size, 3, 16, 16)}
 
 
-def _tokens(size: int, length: int = 6) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(1, 39, (size, length))}
-
-
 def _texts(size: int) -> dict[str, Tensor]:
     lengths = torch.arange(size) % 4 + 4  # 4 to 7 of 7 tokens
-    return {**_tokens(size, 7), "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
-
-
-def _translations(size: int) -> dict[str, Tensor]:
-    return {**_tokens(size), "attention_mask": torch.ones(size, 6, dtype=torch.long),
-            "decoder_input_ids": torch.randint(1, 40, (size, 4))}
-
-
-def _texts_and_images(size: int) -> dict[str, Tensor]:  # 5 tokens of a text, as there are of an image
-    return {**_tokens(size, 5), "attention_mask": torch.ones(size, 5, dtype=torch.long), **_images(size)}
+    return {"input_ids": torch.randint(1, 39, (size, 7)), "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
 
 
 def beit(**options: object) -> nn.Module:
@@ -182,36 +169,15 @@ def _bert() -> nn.Module:
         **TEXT, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
-def _t5() -> nn.Module:
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0))
-
-
-def _wav2vec2() -> nn.Module:
-    return transformers.Wav2Vec2ForSequenceClassification(transformers.Wav2Vec2Config(
-        **SMALL, num_labels=3, conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(8, 4), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, classifier_proj_size=8, hidden_dropout=0.0,
-        attention_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, final_dropout=0.0))
-
-
-def _clip() -> nn.Module:
-    text, vision = dict(TEXT, projection_dim=8, eos_token_id=39), dict(VISION, projection_dim=8)
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-
-
 BEIT = Case(beit, _images, ("q_proj", "v_proj"), ("fc1", "fc2"), "classifier")
 SWIN = Case(_swin, _images, ("q_proj", "v_proj"), ("fc1", "reduction"), "classifier")
 BERT = Case(_bert, _texts, ("query", "value"), ("intermediate.dense", "pooler.dense"), "classifier")
-LLAMA = Case(_llama, _tokens, ("q_proj", "v_proj"), ("up_proj", "down_proj"), "lm_head")
+LLAMA = Case(_llama, lambda size: {"input_ids": torch.randint(1, 39, (size, 6))}, ("q_proj", "v_proj"), ("up_proj", "down_proj"),
+             "lm_head")
 PLAIN = Case(Plain, lambda size: {"x": torch.randn(size, 5, 8)}, ("base",), ("blocks.0", "blocks.1"), "head")
 CASES = (BEIT, SWIN, BERT, LLAMA, PLAIN)
 JOINT = (BEIT, SWIN, BERT, PLAIN)
 TIED = replace(LLAMA, make=lambda: _llama(tie_word_embeddings=True))
-CLIP = Case(_clip, _texts_and_images, ("q_proj", "v_proj"), ("fc1",), "visual_projection")
-WAV2VEC2 = Case(
-    _wav2vec2, lambda size: {"input_values": torch.randn(size, 400)}, ("q_proj", "v_proj"), ("output_dense",), "classifier"
-)
-T5 = Case(_t5, _translations, ("q",), ("wi",), "lm_head")  # encoder and decoder, each with tokens of its own
 
 
 def randomise_gates(model: ContextGatedMOE, seed: int = 0) -> ContextGatedMOE:

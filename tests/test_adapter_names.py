@@ -22,14 +22,13 @@ VIT = {"layers.": "encoder.layer.", "attention.q_proj": "attention.attention.que
        "attention.v_proj": "attention.attention.value", "mlp.fc1": "intermediate.dense", "q_proj": "query", "v_proj": "value"}
 # Family -> today's names and those of transformers 4, and what a wrapper puts before or into these.
 EARLIER = {
-    "vit": (VIT, "base_model.model.", "base_model.model._orig_mod."), "beit": (VIT, "base_model.model.", "base_model.model."),
+    "vit": (VIT, "base_model.model.", "base_model.model._orig_mod."),
     "deit": (VIT, "base_model.model.", "module.base_model.model."),
     "dinov2": ({key: VIT[key] for key in VIT if "proj" in key}, "encoder.layer.1.", "encoder.layer.1._orig_mod."),
     "dinov2_giant": ({}, "base_model.", "_orig_mod.base_model."),
     "swin": ({"attention.q_proj": "attention.self.query", "attention.v_proj": "attention.self.value",
               "mlp.fc1": "intermediate.dense", "q_proj": "query", "v_proj": "value"}, "model.swin.", "model.module.swin."),
-    "siglip": ({"model.vision_model.": "model.vision_model.vision_model."}, "base_model.", "base_model."),
-    "clip": ({}, "base_model.", "module._orig_mod.base_model."),
+    "siglip": ({"model.vision_model.": "model.vision_model.vision_model."}, "base_model.", "module._orig_mod.base_model."),
 }
 
 
@@ -93,7 +92,7 @@ def test_an_adapter_with_earlier_names_says_what_it_says_with_todays(family, tmp
         earlier = make_earlier(tmp_path / "earlier", today, *EARLIER[family])
     torch.manual_seed(2)
     inputs = {"pixel_values": torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
-    said = []
+    answers = []
     for folder in (today, earlier):
         mixture = ContextGatedMOE.from_adapters(load_backbone(backbone, CLASSES, 0).eval(), {"one": folder}, {"one": CLASSES})
         mixture.add_expert("two", folder, classes=CLASSES)
@@ -103,9 +102,9 @@ def test_an_adapter_with_earlier_names_says_what_it_says_with_todays(family, tmp
                                validation=ImageSet(inputs["pixel_values"], torch.tensor([0, 1])))
         config = parse(SCRIPTS["Lora_Finetune"], ["--model", backbone, *ON_CPU])
         adopted = lora.adopt(config, data, lora.read_adapter("one", str(folder)))
-        said.append(torch.cat([mixed, logits(adopted.eval(), inputs)], 1))
-    assert_close(said[1], said[0])
-    assert_close(said[1][:, 8:].log_softmax(1) - torch.tensor(2).log(), said[1][:, :4])
+        answers.append(torch.cat([mixed, logits(adopted.eval(), inputs)], 1))
+    assert_close(answers[1], answers[0])
+    assert_close(answers[1][:, 8:].log_softmax(1) - torch.tensor(2).log(), answers[1][:, :4])
 
 
 def test_an_adapter_with_earlier_names_that_lacks_a_layer_is_refused(tmp_path):

@@ -1,7 +1,6 @@
 """Tests of `Lora_Finetune.py --expert`: adapters that were trained elsewhere become experts, or are refused in one line."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,12 +8,9 @@ import torch
 from hub import folder_repo
 from peft import LoraConfig, PeftModel, get_peft_model
 from pipeline import hashes, tiny_beit
-from safetensors.torch import load_file, save_file
+from refusals import complaint
 from transformers import BeitForImageClassification
 
-import Lora_Finetune
-from common.cli.flags import SCRIPTS
-from common.cli.run import run
 from common.errors import UserError
 from common.models import load_backbone
 
@@ -27,8 +23,6 @@ KINDS = {
     "patterns": {"r": 2, "lora_alpha": 8, "use_rslora": True, "target_modules": r".*layers\.\d+\.(mlp\.fc1|attention\.o_proj)",
                  "rank_pattern": {"fc1": 5}, "alpha_pattern": {r"layers\.1\.mlp\.fc1": 3}},
 }
-OLD_NAMES = [("layers.", "encoder.layer."), ("attention.q_proj", "attention.attention.query"),
-             ("attention.v_proj", "attention.attention.value")]
 
 
 def make_adapter(folder, backbone, dtype=torch.float32, classes=4, **settings):
@@ -44,27 +38,13 @@ def make_adapter(folder, backbone, dtype=torch.float32, classes=4, **settings):
     return folder
 
 
-def with_old_names(folder):
-    """The adapter as transformers 4 and an earlier peft have saved it."""
-    path, described = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    tensors = load_file(path)
-    for new, old in OLD_NAMES:
-        tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
-    assert "base_model.model.beit.encoder.layer.1.attention.attention.query.lora_A.weight" in tensors
-    save_file(tensors, path)
-    kept = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha",
-            "lora_dropout", "modules_to_save", "peft_type", "r", "task_type")
-    config = json.loads(described.read_text())
-    described.write_text(json.dumps({**{key: config[key] for key in kept}, "target_modules": ["query", "value"]}))
-
-
 @pytest.fixture
 def place(workspace, tmp_path):
     """A root with prepared images alone."""
     return workspace.copy(tmp_path / "root", "fire_dataset", "game_dataset", "tasks.json")
 
 
-def peft_says(place, folder):
+def by_peft(place, folder):
     """Probabilities of an adapter on the first task's test images, by the libraries alone."""
     data = place.tasks()[0].test
     base = load_backbone(place.model, CLASSES, 0)
@@ -79,17 +59,15 @@ def written(place):
 
 
 def test_adapters_of_all_kinds_become_experts(place, backbone, tmp_path):
-    """Other ranks, scalings, layers, dtypes, names; each says what it says with peft, and what is saved says so too."""
+    """Other ranks, scalings, layers, dtypes; each answers what it answers with peft, and what is saved does so too."""
     game = make_adapter(tmp_path / "game", backbone, **KINDS["few"])
-    for number, (kind, dtype, old) in enumerate((("patterns", torch.bfloat16, False), ("few", torch.float16, True))):
-        folder = make_adapter(tmp_path / f"fire{number}", backbone, dtype, **KINDS[kind])
-        expected = peft_says(place, folder)
-        if old:
-            with_old_names(folder)
+    for kind, dtype in (("patterns", torch.bfloat16), ("few", torch.float16)):
+        folder = make_adapter(tmp_path / kind, backbone, dtype, **KINDS[kind])
+        expected = by_peft(place, folder)
         place.run("Lora_Finetune", "--expert", f"fire={folder}", f"game={game}", "--overwrite")
         assert np.allclose(written(place), expected, atol=1e-5)
         saved = place.results / "Lora_Finetune" / "Models" / "fire_lora_finetune"
-        assert np.allclose(peft_says(place, saved), expected, atol=1e-5)
+        assert np.allclose(by_peft(place, saved), expected, atol=1e-5)
     assert not list((place.results / "Lora_Finetune").glob("*History*"))
     assert len(place.summary()) == 2 and place.summary()["seconds"].isna().all()
 
@@ -101,7 +79,7 @@ def test_an_adapter_of_the_hub_has_a_revision_and_a_subfolder(place, backbone, t
     flags = place.flags("Lora_Finetune", "--expert", "fire=someone/adapters@main:inner", f"game={game}")
     done = warm_process.run("Lora_Finetune.py", *flags)
     assert (done.status, done.errors) == (0, "")
-    assert np.allclose(written(place), peft_says(place, tmp_path / "repo" / "inner"), atol=1e-5)
+    assert np.allclose(written(place), by_peft(place, tmp_path / "repo" / "inner"), atol=1e-5)
 
 
 def test_overwriting_an_expert_leaves_the_others(mutable, backbone, tmp_path, capsys, monkeypatch):
@@ -122,7 +100,7 @@ def test_overwriting_an_expert_leaves_the_others(mutable, backbone, tmp_path, ca
     changed = {name for name in before if after.get(name) != before[name]}
     assert changed and all("fire" in name.lower() for name in changed - {"config.json"})
     assert "Lora_Finetune is finished already" in capsys.readouterr().out
-    assert np.allclose(written(mutable), peft_says(mutable, tmp_path / "fire"), atol=1e-5)
+    assert np.allclose(written(mutable), by_peft(mutable, tmp_path / "fire"), atol=1e-5)
 
 
 def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_backbone, tmp_path, monkeypatch, capsys):
@@ -138,20 +116,17 @@ def test_what_cannot_be_an_expert_is_refused_in_one_line(place, backbone, other_
     empty.mkdir()
     config = wide / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": ""}))
-    cases = {  # words of the line -> the adapter of the first task
-        f"that of {backbone}; load {other_backbone} as the base model (--model)": adapter(other_backbone),
-        "is of no linear layer there, or of one of another size": wide,
-        "has no head of its own, where the task has 4 classes": adapter(modules_to_save=None),
-        "has a head for 3 classes, where the task has 4": adapter(classes=3), "uses DoRA": adapter(use_dora=True),
-        "no peft adapter that can be read": cut, "check the name and the network, or give a folder": empty,
-    }
-    for words, entries in [*((words, [f"fire={folder}"]) for words, folder in cases.items()),
-                           ("there is no task fires; the tasks are fire, game", [f"fires={good}"]),
-                           ("twice for one task", [f"fire={good}"] * 2), ("takes NAME=ADAPTER", [str(good)])]:
+    for words, entries in (
+        (f"that of {backbone}; load {other_backbone} as the base model (--model)", [f"fire={adapter(other_backbone)}"]),
+        ("is of no linear layer there, or of one of another size", [f"fire={wide}"]),
+        ("has no head of its own, where the task has 4 classes", [f"fire={adapter(modules_to_save=None)}"]),
+        ("has a head for 3 classes, where the task has 4", [f"fire={adapter(classes=3)}"]),
+        ("no peft adapter that can be read", [f"fire={cut}"]),
+        ("check the name and the network, or give a folder", [f"fire={empty}"]),
+        ("there is no task fires; the tasks are fire, game", [f"fires={good}"]),
+        ("twice for one task", [f"fire={good}"] * 2),
+        ("takes NAME=ADAPTER", [str(good)]),
+    ):
         flags = place.flags("Lora_Finetune", "--expert", *entries, f"game={good}")
-        monkeypatch.setattr(sys, "argv", ["Lora_Finetune.py", *flags])
-        with pytest.raises(SystemExit) as end:
-            run(Lora_Finetune.main, SCRIPTS["Lora_Finetune"])
-        errors = capsys.readouterr().err
-        assert (end.value.code, errors.count("\n")) == (2, 1) and words in errors
+        assert words in complaint(monkeypatch, capsys, "Lora_Finetune", flags)
     assert not (place.results / "summary.csv").exists()

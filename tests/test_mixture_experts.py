@@ -1,7 +1,6 @@
-"""Tests of the experts: exactly peft's own models; added, removed, merged, exported."""
+"""Tests of the experts: exactly peft's own models; left as they were by what fails; merged, exported, taken out."""
 
 import copy
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ContextGatedMOE import ContextGatedMOE, Expert, MixtureError, read_expert, reading
+from ContextGatedMOE import ContextGatedMOE, Expert, MixtureError, read_expert
 
 
 @pytest.fixture(scope="module")
@@ -30,52 +29,41 @@ def test_a_one_hot_gate_and_a_single_expert_are_that_peft_model(all_adapters):
             assert_close(logits(case.mixture({name: adapter}), inputs), expected)
 
 
-def test_a_lora_trained_in_another_way_is_that_peft_model(tmp_path):
-    usual = dict(r=2, target_modules=["q_proj", "fc1"])
-    for number, (case, options) in enumerate((
-        (BEIT, usual | dict(init_lora_weights="orthogonal", lora_dropout=0.5)),
-        (BEIT, usual | dict(layers_to_transform=[1])),
-        (BEIT, usual | dict(exclude_modules=["q_proj"])),
-        (TIED, dict(r=2, target_modules=["lm_head", "q_proj"])),
-    )):
-        folder, inputs = case.save_adapter(tmp_path / f"{number}", **options), case.batch(3)
-        assert_close(logits(case.mixture({"own": folder}), inputs), case.peft_logits(folder, inputs))
+@pytest.mark.parametrize(("case", "options"), [
+    (BEIT, dict(init_lora_weights="orthogonal", lora_dropout=0.5)), (BEIT, dict(layers_to_transform=[1])),
+    (BEIT, dict(exclude_modules=["q_proj"])), (BEIT, dict(modules_to_save=None, task_type="SEQ_CLS")),
+    (TIED, dict(target_modules=["lm_head", "q_proj"]))])
+def test_a_lora_trained_in_another_way_is_that_peft_model(case, options, tmp_path):
+    folder, inputs = case.save_adapter(tmp_path, **dict(r=2, target_modules=["q_proj", "fc1"]) | options), case.batch(3)
+    assert_close(logits(case.mixture({"own": folder}), inputs), case.peft_logits(folder, inputs))
 
 
-def test_adapters_that_are_alike_are_prepared_once_and_are_what_each_is_alone(tmp_path, monkeypatch):
-    """Two shapes, each in fp32 and fp16: peft prepares four models for eight adapters, whose scalings are not 1."""
-    shapes = (dict(r=2, lora_alpha=3, target_modules=["q_proj", "fc1"]),
-              dict(r=5, lora_alpha=4, target_modules=["v_proj"], modules_to_save=["classifier"]))
-    adapters = {}
-    for number, (shape, dtype, _) in enumerate(itertools.product(shapes, (torch.float32, torch.float16), range(2))):
-        folder = adapters[f"{number}"] = BEIT.save_adapter(tmp_path / f"{number}", number, **shape)
-        file = folder / "adapter_model.safetensors"
-        save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
-    alone = [read_expert(BEIT.build(), name, adapter) for name, adapter in adapters.items()]
-    prepared, original = [], reading.get_peft_model
-    monkeypatch.setattr(reading, "get_peft_model", lambda *args, **named: prepared.append(args) or original(*args, **named))
-    mixed = ContextGatedMOE.from_adapters(BEIT.build(), adapters)
-    assert len(prepared) == 4
-    assert_equal(mixed.state_dict(), ContextGatedMOE(BEIT.build(), alone).state_dict())
+def test_a_half_precision_adapter_is_scaled_in_fp32_and_read_alone_it_is_the_same(tmp_path):
+    folder = BEIT.save_adapter(tmp_path, r=2, lora_alpha=3, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+    file = folder / "adapter_model.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
+    mixed, alone = ContextGatedMOE.from_adapters(BEIT.build(), {"a": folder}), read_expert(BEIT.build(), "a", folder)
+    assert_equal(mixed.state_dict(), ContextGatedMOE(BEIT.build(), [alone]).state_dict())
+    assert_close(logits(mixed, BEIT.batch(3)), BEIT.peft_logits(folder, BEIT.batch(3)))
 
 
-def test_every_layer_is_the_sum_over_the_experts():
-    for case in CASES:
-        model, inputs, seen = case.shared(), case.batch(3), {}
-        for name, layer in model.mixture_layers().items():
-            layer.register_forward_hook(lambda _, args, output, name=name, seen=seen: seen.update({name: (args[0], output)}))
-        gates = recorded(model, inputs)
-        assert set(seen) == set(model.mixture_layers())
-        for name, (x, y) in seen.items():
-            x, y = x.reshape(3, -1, x.shape[-1]), y.reshape(3, -1, y.shape[-1])
-            inside = [unit for unit in gates if f"{name}.".startswith(f"{unit}.")]
-            weights = gates[inside[0]] if inside else list(gates.values())[-1]  # a layer after the blocks has the last weights
-            expected = nn.functional.linear(x, model.mixture_layers()[name].base.weight, model.mixture_layers()[name].base.bias)
-            for number, expert in enumerate(case.experts()):
-                if name in expert.updates:
-                    down, up = expert.updates[name]
-                    expected = expected + weights[:, number, None, None] * (x @ down.T @ up.T)
-            assert_close(y, expected)
+@pytest.mark.parametrize("case", CASES)
+def test_every_layer_is_the_sum_over_the_experts(case):
+    model, inputs, seen = case.shared(), case.batch(3), {}
+    for name, layer in model.mixture_layers().items():
+        layer.register_forward_hook(lambda _, args, output, name=name: seen.update({name: (args[0], output)}))
+    gates = recorded(model, inputs)
+    assert set(seen) == set(model.mixture_layers())
+    for name, (x, y) in seen.items():
+        x, y = x.reshape(3, -1, x.shape[-1]), y.reshape(3, -1, y.shape[-1])
+        inside = [unit for unit in gates if f"{name}.".startswith(f"{unit}.")]
+        weights = gates[inside[0]] if inside else list(gates.values())[-1]  # a layer after the blocks has the last weights
+        expected = nn.functional.linear(x, model.mixture_layers()[name].base.weight, model.mixture_layers()[name].base.bias)
+        for number, expert in enumerate(case.experts()):
+            if name in expert.updates:
+                down, up = expert.updates[name]
+                expected = expected + weights[:, number, None, None] * (x @ down.T @ up.T)
+        assert_close(y, expected)
 
 
 def test_an_image_s_top_experts_alone_are_computed():
@@ -85,7 +73,7 @@ def test_an_image_s_top_experts_alone_are_computed():
     own = [Expert(f"{n}", {layer: (torch.randn(rank, width), torch.randn(out, rank))
                            for layer, (rank, width, out) in shapes.items()}) for n in range(8)]
     inputs = {"x": torch.randn(4, 200, 8)}
-    for top_k in (1, 2, 3, 8):
+    for top_k in (1, 3, 8):
         model = PLAIN.shared(own, top_k=top_k)
         output, gates = logits(model, inputs), recorded(model, inputs)
         layer = model.base_model.blocks[0]
@@ -94,43 +82,10 @@ def test_an_image_s_top_experts_alone_are_computed():
         idle = next((n for n in range(8) if not any(weights[:, n].any() for weights in gates.values())), None)
         layer._skips = lambda *_: False  # all experts are computed, those not kept with weight zero: the reference
         assert_close(logits(model, inputs), output)
-        if idle is not None and top_k == 1:
+        if top_k == 1:
             del layer._skips
             layer.lora_B.data[:, layer.owner == idle] = float("nan")
             assert_close(logits(model, inputs), output)
-
-
-def test_adding_and_removing_equals_building_with_those_experts_in_any_order():
-    own, images = {expert.name: expert for expert in BEIT.joint_experts()}, BEIT.images()
-
-    def built(names: str) -> ContextGatedMOE:
-        classes = {name: CLASSES[name] for name in names}
-        model = ContextGatedMOE(BEIT.build(), [own[name] for name in names], classes, gate_hidden=8)
-        model.fit_gates({name: images[name] for name in names})
-        return model
-
-    whole, other_order = built("abc"), built("cab")
-    assert other_order.expert_names == ["a", "b", "c"] and other_order.labels == whole.labels
-    assert_equal(other_order.state_dict(), whole.state_dict())
-    for added, expert in own.items():
-        model = built("abc".replace(added, ""))
-        without = copy.deepcopy(model.state_dict())
-        for mode in (True, False):
-            model.train(mode)
-            model.add_expert(added, expert, classes=CLASSES[added], images=iter(images[added]))
-            assert {module.training for module in model.modules()} == {mode}
-            assert_near(model.state_dict(), whole.state_dict())
-            assert (model.labels, model.columns, model.config.id2label) == (whole.labels, whole.columns, whole.config.id2label)
-            model.remove_expert(added)
-        assert_equal(model.state_dict(), without)
-        assert set(model.statistics) == set("abc") - {added}
-
-
-def assert_near(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal, to the rounding of passes through an expert that is stacked with others."""
-    assert list(actual) == list(expected)
-    for name, tensor in expected.items():
-        assert_close(actual[name], tensor, atol=1e-5 * tensor.abs().max().item())
 
 
 def test_what_was_trained_without_statistics_is_kept_when_experts_change():
@@ -153,7 +108,6 @@ def test_a_failed_change_changes_nothing(tmp_path):
              "without_adapter", "chosen_gates", "shrinkage", "fitted_passes")
     good, own = BEIT.experts(["d"], (2,))[0], BEIT.labelled(3, 2)
     before = {name: copy.copy(getattr(model, name)) for name in names}
-    wrong_shape = [*own[:1], ({"pixel_values": torch.zeros(1, 4, 16, 16)}, torch.zeros(1).long())]
 
     def broken():
         yield own[0]
@@ -168,13 +122,12 @@ def test_a_failed_change_changes_nothing(tmp_path):
         (add(classes=["p"]), MixtureError, "2 outputs"),
         (add(classes=None), MixtureError, "needs classes"),
         (add(images=None), MixtureError, "needs images"),
-        (add(images=broken()), KeyboardInterrupt, ""),
+        (add(images=broken()), KeyboardInterrupt, None),
         (add(images=[]), MixtureError, "no images of 2"),
-        (add(images=wrong_shape), Exception, ""),
         (add(images=BEIT.labelled(3, 5)), MixtureError, "'d' has 2 classes, but an image is labelled 2"),
         (lambda: model.remove_expert("d"), MixtureError, "no expert is called 'd'"),
-        (lambda: model.fit_gates({"a": own, "b": broken()}), KeyboardInterrupt, ""),
-        (lambda: model.fit_gates({"a": own}, {"b": broken()}), KeyboardInterrupt, ""),
+        (lambda: model.fit_gates({"a": own, "b": broken()}), KeyboardInterrupt, None),
+        (lambda: model.fit_gates({"a": own}, {"b": broken()}), KeyboardInterrupt, None),
         (lambda: model.fit_gates({"z": own}), MixtureError, "'z'"),
         (lambda: model.merge_and_unload({"a": 1.0, "b": 0.5}), MixtureError, "choose one by head"),
         (lambda: model.to_adapter({"a": 1.0}, tmp_path / "a", head="z"), MixtureError, "choose one by head"),
@@ -198,34 +151,33 @@ def test_unloading_gives_the_base_back():
     assert not any("ContextGatedMOE" in kind for kind in checkpointing)
 
 
-def test_a_fixed_mix_merged_or_as_one_adapter_is_that_mix(all_adapters, tmp_path):
+@pytest.mark.parametrize("case", [BEIT, PLAIN])
+def test_a_fixed_mix_merged_or_as_one_adapter_is_that_mix(case, all_adapters, tmp_path):
     weights = {"attention": 0.3, "on_head": 0.5, "scaled": -0.4}
-    for number, (case, adapters) in enumerate(all_adapters.items()):
-        model, inputs = case.mixture(adapters), case.batch(3)
-        with model.fixed_gates(weights):
-            expected = logits(model, inputs)
-        model.to_adapter(weights, tmp_path / f"{number}")
-        assert_close(case.peft_logits(tmp_path / f"{number}", inputs), expected)
-        assert_close(logits(ContextGatedMOE.from_adapters(case.build(), {"one": tmp_path / f"{number}"}), inputs), expected)
-        merged = model.merge_and_unload(weights)
-        assert {type(module) for module in merged.modules()} == {type(module) for module in case.build().modules()}
-        assert_close(logits(merged, inputs), expected)
+    model, inputs = case.mixture(all_adapters[case]), case.batch(3)
+    with model.fixed_gates(weights):
+        expected = logits(model, inputs)
+    model.to_adapter(weights, tmp_path)
+    assert_close(case.peft_logits(tmp_path, inputs), expected)
+    assert_close(logits(ContextGatedMOE.from_adapters(case.build(), {"one": tmp_path}), inputs), expected)
+    merged = model.merge_and_unload(weights)
+    assert {type(module) for module in merged.modules()} == {type(module) for module in case.build().modules()}
+    assert_close(logits(merged, inputs), expected)
 
 
-def test_a_merged_joint_mixture_answers_with_one_experts_classes(tmp_path):
-    inputs = BEIT.batch(3)
-    for weights, head in (({"b": 1.0}, None), ({"a": 0.4, "b": 0.6}, "b")):
-        model, base = BEIT.joint(), BEIT.build()
-        with model.fixed_gates(weights):
-            expected = logits(model, inputs)[:, model.columns["b"]].log_softmax(1)
-        model.to_adapter(weights, tmp_path, head)
-        base.classifier = nn.Linear(16, 5)
-        merged = model.merge_and_unload(weights, head)
-        merged.save_pretrained(tmp_path / "merged")
-        opened = type(merged).from_pretrained(tmp_path / "merged")
-        for one in (PeftModel.from_pretrained(base, tmp_path).eval(), merged, opened):
-            assert_close(logits(one, inputs).log_softmax(1), expected)
-        assert list(opened.config.id2label.values()) == CLASSES["b"]
+@pytest.mark.parametrize(("weights", "head"), [({"b": 1.0}, None), ({"a": 0.4, "b": 0.6}, "b")])
+def test_a_merged_joint_mixture_answers_with_one_experts_classes(weights, head, tmp_path):
+    model, base, inputs = BEIT.joint(), BEIT.build(), BEIT.batch(3)
+    with model.fixed_gates(weights):
+        expected = logits(model, inputs)[:, model.columns["b"]].log_softmax(1)
+    model.to_adapter(weights, tmp_path, head)
+    base.classifier = nn.Linear(16, 5)
+    merged = model.merge_and_unload(weights, head)
+    merged.save_pretrained(tmp_path / "merged")
+    opened = type(merged).from_pretrained(tmp_path / "merged")
+    for one in (PeftModel.from_pretrained(base, tmp_path).eval(), merged, opened):
+        assert_close(logits(one, inputs).log_softmax(1), expected)
+    assert list(opened.config.id2label.values()) == CLASSES["b"]
 
 
 def test_merging_into_a_tied_head_leaves_the_embedding_alone(tmp_path):

@@ -47,26 +47,26 @@ def test_the_answer_follows_the_formula(start, routing):
         assert_close(answer[image], routers - routers.logsumexp(0), atol=1e-4)
 
 
-def test_the_answer_is_a_probability_of_every_class_and_with_a_one_hot_gate_that_expert_s():
-    for case in JOINT:
-        model, inputs = case.joint(), case.batch(3)
-        for expert in case.joint_experts():
-            alone = ContextGatedMOE(case.build(), [expert])  # heads of one label space: the expert's own logits
-            with model.fixed_gates({expert.name: 1.0}):
-                answer = logits(model, inputs).exp()
-            own = model.columns[expert.name]
-            assert_close(answer[:, own], logits(alone, inputs).softmax(1))
-            assert answer[:, [column for column in range(8) if column not in own]].max() < 1e-30
-        for top_k in (None, 1, 2):
-            answer = logits(case.joint(top_k=top_k), inputs)
-            assert answer.shape == (3, 8) and answer.dtype == torch.float32
-            assert_close(answer.exp().sum(1), torch.ones(3))
-        assert model.labels == [(name, label) for name, own in CLASSES.items() for label in own]
+@pytest.mark.parametrize("case", JOINT)
+def test_the_answer_is_a_probability_of_every_class_and_with_a_one_hot_gate_that_expert_s(case):
+    model, inputs = case.joint(), case.batch(3)
+    for expert in case.joint_experts():
+        alone = ContextGatedMOE(case.build(), [expert])  # heads of one label space: the expert's own logits
+        with model.fixed_gates({expert.name: 1.0}):
+            answer = logits(model, inputs).exp()
+        own = model.columns[expert.name]
+        assert_close(answer[:, own], logits(alone, inputs).softmax(1))
+        assert answer[:, [column for column in range(8) if column not in own]].max() < 1e-30
+    for top_k in (None, 1):
+        answer = logits(case.joint(top_k=top_k), inputs)
+        assert answer.shape == (3, 8) and answer.dtype == torch.float32
+        assert_close(answer.exp().sum(1), torch.ones(3))
+    assert model.labels == [(name, label) for name, own in CLASSES.items() for label in own]
 
 
 def test_losses_and_gradients_are_finite_and_reach_the_gates_whatever_the_weights():
     """Once, the logarithm of a weight below 1e-6 had no gradient, and with top_k = 1 none had."""
-    for top_k, wrong in itertools.product((None, 1, 2), (False, True)):
+    for top_k, wrong in itertools.product((None, 1), (False, True)):
         model = BEIT.joint(top_k=top_k).train()
         with torch.no_grad():
             for gate in model.gates().values() if wrong else ():
@@ -133,7 +133,7 @@ def test_classes_that_do_not_fit_the_experts_are_refused_and_the_base_is_left_al
         (own, {"a": ["x", "y"]}, (), "expert '[bc]' has no classes"),
         (own, {**CLASSES, "d": ["x"]}, (), "names 'd', which is no expert"),
         (own, {**CLASSES, "a": ["x"]}, (), "'a' has a head of 2 outputs at 'head' for 1 classes"),
-        (own, {**CLASSES, "a": ["x", "x"]}, (), "needs one or more different classes"),
+        (own, {**CLASSES, "a": ["x", "x"]}, (), "one or more different names"),
         (two_heads, {"a": ["x", "y"]}, (), "they replace 2 layers"),
         ([headless, *own[1:]], CLASSES, (), "'a' has a head of 3 outputs at 'head' for 2 classes"),
         ([own[0], PLAIN.experts(["z"], (4,))[0]], None, (), "different widths"),

@@ -27,11 +27,10 @@ from common.tasks import Task
 from common.training import distributed
 from common.training.blocks import HEAD, lora_targets
 from common.training.evaluate import evaluate
-from ContextGatedMOE import Expert, MixtureError
+from ContextGatedMOE import Expert, MixtureError, reading
 from ContextGatedMOE.adapters import refuse_positions
 from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
-from ContextGatedMOE.reading import collect
-from ContextGatedMOE.renaming import PREFIX, in_todays_names
+from ContextGatedMOE.renaming import PREFIX, LayerNames, in_todays_names
 
 
 class LoraLinear(Linear):
@@ -117,7 +116,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     """
     model = load_backbone(config.model, data.classes, config.seed)
     with _told(adapter.place, " (--model)"):
-        settings, tensors = in_todays_names(data.task.key, model, adapter.config, adapter.tensors)
+        settings, tensors = in_todays_names(data.task.key, LayerNames(model), adapter.config, adapter.tensors)
         if note := check_base(data.task.key, settings, tensors, model):
             _say(note)
     with _told(adapter.place):
@@ -157,7 +156,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
 
 def expert_of(name: str, adopted: PeftModel) -> Expert:
     """The adapter and head of an adopted model as an expert of a mixture."""
-    return collect(name, adopted, "default", list(adopted.config.id2label.values())).loaded()
+    return reading.expert_of(name, adopted, list(adopted.config.id2label.values()))
 
 
 def _test_order(config: TrainingFlags, data: TaskData, place: str, adopted: PeftModel, tensors: dict[str, Tensor]) -> None:
