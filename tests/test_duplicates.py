@@ -13,8 +13,7 @@ from PIL import Image as PILImage
 from PIL import ImageEnhance, ImageOps
 
 from common.data import duplicates
-from common.data.duplicates import NEAR_BITS, NEAR_COLOUR, groups, have_near
-from common.data.hashes import BITS_BYTES, HASH_BYTES, perceptual_hash
+from common.data.duplicates import BITS_BYTES, HASH_BYTES, NEAR_BITS, NEAR_COLOUR, groups, have_near, perceptual_hash
 from common.data.sources import SPLITS
 from common.data.splits import grouped_split
 from common.errors import UserError

@@ -1,6 +1,7 @@
 """What a source of images is, whatever kind: labels first, images later; and how classes and splits are named."""
 
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ def some(names: list[str], most: int = 3) -> str:
 
 @contextmanager
 def readable(where: str, kind: str) -> Iterator[None]:
-    """Name the source if something in it cannot be read."""
+    """Raise UserError, naming the source, if something in it cannot be read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, DatasetsError, pa.ArrowException) as error:
         raise UserError(f"{where} cannot be read as {kind} ({error})") from error

@@ -100,7 +100,7 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
     folder, counts = Path(config.root) / task.dataset_folder, {name: manifest["images"][name] for name in SPLITS}
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
     preprocessing = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    cache, of = folder / f"pixels_{preprocessing}.safetensors", f"{manifest['fingerprint']} {preprocessing}"
+    cache, of = folder / f"pixels_{preprocessing}.npy", f"{manifest['fingerprint']} {preprocessing}"
     scale, offset = affine_of(processor) or (None, None)
     with locked(folder, wait=True):  # two scripts may want to resize at once
         sweep(folder)

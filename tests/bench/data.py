@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from common.data import duplicates, pixels
-from common.data.hashes import BITS_BYTES, HASH_BYTES
+from common.data.duplicates import BITS_BYTES, HASH_BYTES
 from common.data.tensors import ImageSet
 from common.errors import UserError
 from tests.bench.lora import quiet_fit, recipe
