@@ -1,5 +1,6 @@
 """Tests of what a model sees: what its own image processor makes of an image, kept on disk and read as it is used."""
 
+import re
 import shutil
 
 import numpy as np
@@ -109,12 +110,24 @@ def test_large_sets_stay_on_disk(root, monkeypatch):
     assert features.batch(torch.tensor([2, 0])).tolist() == [[4, 5], [0, 1]]
 
 
-def test_a_file_of_pixels_that_is_cut_short_or_of_other_images_is_made_anew(root, tmp_path):
+def test_a_damaged_file_of_pixels_is_made_anew(root, tmp_path):
+    """At once if it is cut short, of other images or damaged beside these; else a line says so when that image is read."""
     shutil.copytree(root / "fire_dataset", tmp_path / "fire_dataset", ignore=shutil.ignore_patterns("pixels_*"))
-    wanted = load(tmp_path).train.inputs[:]
+    wanted, fingerprint = load(tmp_path).train.inputs[:], load(tmp_path).fingerprint.encode("utf-32-le")
     path, = (tmp_path / "fire_dataset").glob("pixels_*")
-    content, fingerprint = path.read_bytes(), load(tmp_path).fingerprint
-    strange = content.replace(fingerprint.encode("utf-32-le"), fingerprint[::-1].encode("utf-32-le"))
-    for damaged in (b"", b"[" * len(content), strange, *(content[:end] for end in (40, 3000, len(content) - 800, len(content) - 1))):
+    content = path.read_bytes()
+    numbers = content.index(b"NUMPY", 100)  # where labels and checksums begin
+    for damaged in (b"", b"[" * len(content), content[:40], content[:3000], content[:-1],
+                    content.replace(fingerprint, fingerprint[::-1]),
+                    *(content[:place] + bytes([content[place] ^ 16]) + content[place + 1:]
+                      for place in range(numbers, len(content), 97))):
+        path.unlink()  # in place, it would be changed for whoever reads it
         path.write_bytes(damaged)
-        assert torch.equal(load(tmp_path).train.inputs[:], wanted) and path.read_bytes() == content != damaged
+        assert torch.equal(load(tmp_path).train.inputs[:], wanted)
+    row = wanted[3].numpy().tobytes()
+    path.unlink()
+    path.write_bytes(content.replace(row, row[::-1]))
+    data = load(tmp_path).train
+    assert torch.equal(data.inputs[2], wanted[2])
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} is damaged .*; delete it, then run the same command again"):
+        data.batch(torch.tensor([0, 3]))

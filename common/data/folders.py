@@ -8,7 +8,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 METADATA_COLUMNS = {"file_name", "label"}
 UTF8_NAME = 0x800  # the flag of an entry of a zip whose name is UTF-8
 UNICODE_PATH = 0x7075  # the extra field that has the name as UTF-8 where the name itself is in an older encoding
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An image with its class, None if it has none, and the split that the source has it in."""
-
-    file: File
-    label: str | None
-    split: int = NO_SPLIT
 
 
 @dataclass(frozen=True)
@@ -109,32 +100,33 @@ def files_source(files: list[File], where: str) -> Source:
                         f"{endings}")
     tables = {file: _rows(file, where) for file in others if file.parts[-1].lower() in METADATA_FILES}
     if tables and all(set(row) >= METADATA_COLUMNS for rows in tables.values() for row in rows):
-        labelled = _by_metadata(images, tables, where)
+        labels, splits = _by_metadata(images, tables, where)
         others = [file for file in others if file not in tables]
     else:
-        labelled = _by_folders(images, others, where)
+        labels, splits = _by_folders(images, others, where)
     if others:
         endings = Counter(file.ending or "no ending" for file in others)
         print(f"{where}: passed over {len(others):,} files that are no images by their endings: "
               f"{', '.join(f'{count:,} {ending}' for ending, count in endings.most_common())}", flush=True)
-    return _sorted_by_class(labelled, where)
+    return _sorted_by_class(images, labels, splits, where)
 
 
-def _sorted_by_class(labelled: list[Labelled], where: str) -> Source:
-    named = [replace(image, label=class_name(image.label)) for image in labelled]
-    classes = ordered(image.label for image in named if image.label is not None)
+def _sorted_by_class(files: list[File], labels: list[str | None], splits: list[int], where: str) -> Source:
+    """The images of these files, with the class of each, None if it has none, and the split that the source has it in."""
+    names = [class_name(label) for label in labels]
+    classes = ordered(name for name in names if name is not None)
     for name in classes:
         if not is_unicode(name):
             raise UserError(f"{where} has a class whose name is no UTF-8: {name}; rename the folder")
     number: dict[str | None, int] = {name: place for place, name in enumerate(classes)}
-    named.sort(key=lambda image: (number.get(image.label, NO_LABEL), image.file.parts))
-    labels = np.array([number.get(image.label, NO_LABEL) for image in named], dtype=np.int64)
-    splits = np.array([image.split for image in named], dtype=np.int64)
-    return Source(classes, labels, lambda rows: (named[row].file.content for row in rows), splits, np.zeros_like(labels))
+    numbers = np.array([number.get(name, NO_LABEL) for name in names], dtype=np.int64)
+    order = sorted(range(len(files)), key=lambda row: (numbers[row], files[row].parts))
+    return Source(classes, numbers[order], lambda rows: (files[order[row]].content for row in rows),
+                  np.array(splits, dtype=np.int64)[order], np.zeros_like(numbers))
 
 
-def _by_folders(images: list[File], others: list[File], where: str) -> list[Labelled]:
-    """Labels by the folder an image is in: CLASS/IMAGE or SPLIT/CLASS/IMAGE, below any number of folders around all of it."""
+def _by_folders(images: list[File], others: list[File], where: str) -> tuple[list[str], list[int]]:
+    """Labels and splits by folders: CLASS/IMAGE or SPLIT/CLASS/IMAGE, below any number of folders around all of it."""
     skipped = 0  # of such folders
     while len({file.parts[skipped] for file in images}) == 1 and min(len(file.parts) for file in images) > skipped + 2:
         skipped += 1
@@ -155,7 +147,8 @@ def _by_folders(images: list[File], others: list[File], where: str) -> list[Labe
         if beside and file.parts[depth - 1] not in classes:
             raise UserError(f"{where}: the folder {file.parts[depth - 1]} has no images, only files such as {file}; convert them "
                             "to a format that Pillow opens, or remove the folder")
-    return [Labelled(file, file.parts[depth - 1], split_number(file.parts[skipped]) if split else NO_SPLIT) for file in images]
+    return ([file.parts[depth - 1] for file in images],
+            [split_number(file.parts[skipped]) if split else NO_SPLIT for file in images])
 
 
 def _rows(file: File, where: str) -> list[dict[str, Any]]:
@@ -167,7 +160,8 @@ def _rows(file: File, where: str) -> list[dict[str, Any]]:
         return [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
 
 
-def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], where: str) -> list[Labelled]:
+def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], where: str
+                 ) -> tuple[list[str | None], list[int]]:
     """Labels by tables of file names, each relative to the folder the table is in; the split by a folder of such a name."""
     labels: dict[str, str | None] = {}
     for table, rows in tables.items():
@@ -182,9 +176,7 @@ def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], w
         if wrong:
             raise UserError(f"{where}: {len(wrong):,} images are {reason} ({some(sorted(wrong))}), by {some([*map(str, tables)])}; "
                             "list all that there are and no others")
-    splits = [next((number for part in file.parts[:-1] if (number := split_number(part)) != NO_SPLIT), NO_SPLIT)
-              for file in images]
-    return [Labelled(file, labels[path], split) for file, path, split in zip(images, paths, splits, strict=True)]
+    return [labels[path] for path in paths], [split_number(*file.parts[:-1]) for file in images]
 
 
 def _composed(path: str) -> str:

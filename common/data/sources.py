@@ -38,9 +38,13 @@ class Source:
     fetch: Callable[[np.ndarray], None] = lambda rows: None
 
 
-def split_number(name: str) -> int:
-    """The position in SPLITS of a split of this name, NO_SPLIT if it is none. The Hub calls the beginning of one `partial-`."""
-    return SPLIT_NAMES.get(name.casefold().removeprefix("partial-"), NO_SPLIT)
+def split_number(*names: str) -> int:
+    """The position in SPLITS of the first of these names that a split may have, NO_SPLIT if it is none of them.
+
+    The Hub calls the beginning of a split `partial-`.
+    """
+    keys = (name.casefold().removeprefix("partial-") for name in names)
+    return next((SPLIT_NAMES[key] for key in keys if key in SPLIT_NAMES), NO_SPLIT)
 
 
 def ordered(names: Iterable[str]) -> list[str]:

@@ -42,8 +42,7 @@ def _split_of(path: Path) -> tuple[int, Path]:
     for folder in [*reversed(path.parents)][1:]:
         if (number := split_number(folder.name)) != NO_SPLIT:
             return number, folder.parent
-    words = re.split(r"[\W\d_]+", path.name)
-    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT), path.parent
+    return split_number(*re.split(r"[\W\d_]+", path.name)), path.parent
 
 
 def parquet_source(

@@ -110,8 +110,6 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
                 batches = _processed(folder, manifest, processor, scale is not None, config)
                 pixels.write(part, counts, batches, of)
             stored = pixels.read(cache, counts, of)
-    if stored is None:
-        raise UserError(f"{cache} cannot be read back after it was written; check the disk, or choose another --root")
     sets = {name: ImageSet(*stored[name], scale, offset) for name in SPLITS}
     return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"], preprocessing=preprocessing,
                     near_duplicates_in_test=manifest["near_duplicates_in_test"], grey_levels=manifest.get("grey_levels"))
