@@ -63,7 +63,7 @@ BAD_SOURCES = {
     "unlisted": (lambda f: with_file(metadata_csv(f), "images/new.png"), r"1 images are not listed \(images/new.png\)"),
     "gone": (lambda f: (metadata_csv(f) / "images/0_00.png").unlink() or f, r"1 images are missing \(images/0_00.png\)"),
     "two labels": (lambda f: with_file(metadata_csv(f), "images/metadata.csv", b"file_name,label\n0_00.png,low\n"),
-                   r"metadata.csv, images/0_00.png cannot be read as one label .* it is '.*' here and '.*' elsewhere"),
+                   r"metadata.csv, images/0_00.png cannot be read as one label .*it is '.*' here and '.*' elsewhere"),
     "several labels": (lambda f: with_file(with_file(f, "images/0.png"), "metadata.jsonl", (
         b'{"file_name": "images/0.png", "label": ["cat", "pet"]}\n')),
         r"metadata.jsonl, images/0.png cannot be read as .*a label is \['cat', 'pet'\], not the name of one class"),

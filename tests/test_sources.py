@@ -30,7 +30,7 @@ from image_sources import (
 from PIL import Image as PILImage
 
 from common.data.prepare import local_source
-from common.data.sources import NO_LABEL
+from common.data.sources import NO_LABEL, SPLITS
 from common.errors import UserError
 from common.predict import find_images
 
@@ -47,7 +47,7 @@ def test_every_layout_gives_the_same_data(tmp_path):
 def test_classes_that_are_numbers_are_in_order_of_number(tmp_path):
     numbers = [0, 1, 2, 10, 11]
     table = Dataset.from_dict({"image": [png(0, 0)] * 25, "label": numbers * 5})
-    for path in (write_folders(tmp_path / "numbers", map(str, numbers), 5), write_parquet(tmp_path / "numbers.parquet", table)):
+    for path in (write_folders(tmp_path / "numbers", [*map(str, numbers)], 5), write_parquet(tmp_path / "numbers.parquet", table)):
         source = local_source(path, "")
         assert source.classes == ["0", "1", "2", "10", "11"] and len(source.labels) == 25
 
@@ -193,7 +193,7 @@ def test_a_split_of_the_source_s_own_is_kept(tmp_path, capsys, splits, kept, wan
         sources |= {"f": folders, "z": zip_of(tmp_path / "a.zip", folders)}
     made = run(tmp_path / "root", "--task", *[f"{key}={source}" for key, source in sources.items()])
     for key, manifest in made.items():
-        assert (manifest["own_splits"], tuple(manifest["images"].values())) == (kept, wanted), key
+        assert (manifest["own_splits"], tuple(manifest["images"][name] for name in SPLITS)) == (kept, wanted), key
         found = {}
         for name, split in opened(tmp_path / "root", key).items():
             corners = [image.getpixel((0, 0)) for image in split["image"]]

@@ -42,14 +42,14 @@ def perceptual_hash(image: PILImage.Image) -> np.ndarray:
 
 def groups(hashes: np.ndarray) -> np.ndarray:
     """Number of the group (N,) of every image; near-duplicates of near-duplicates are in one. hashes: (N, HASH_BYTES)."""
-    hashes, place = np.unique(hashes, axis=0, return_inverse=True)
+    hashes, inverse = np.unique(hashes, axis=0, return_inverse=True)
     group, waiting, count = np.arange(len(hashes)), [], 0
     for pairs in _near_pairs(hashes, hashes):
         waiting.append(pairs[:, group[pairs[0]] != group[pairs[1]]])
         count += waiting[-1].shape[1]
         if count > PAIRS_AT_ONCE:
-            group, waiting, count = _joined(group, waiting), [], 0
-    return (_joined(group, waiting) if waiting else group)[place]
+            group, waiting, count = _merged(group, waiting), [], 0
+    return (_merged(group, waiting) if waiting else group)[inverse]
 
 
 def have_near(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -60,7 +60,7 @@ def have_near(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return found
 
 
-def _joined(group: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
+def _merged(group: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
     """The number of every image's group (N,), once the groups of both images of each pair (2, P) are one."""
     ends = group[np.concatenate(pairs, axis=1)]
     graph = coo_array((np.ones(ends.shape[1], dtype=bool), ends), shape=(group.max() + 1,) * 2)
@@ -72,20 +72,20 @@ def _near_pairs(hashes: np.ndarray, others: np.ndarray) -> Iterator[np.ndarray]:
 
     Both are sorted by the first channel of their mean colours, so that only those are compared which may be near by it.
     """
-    some, all_others = _Sorted(hashes), _Sorted(others)
+    ordered, ordered_others = _Sorted(hashes), _Sorted(others)
 
     def near(rows: slice) -> np.ndarray:
-        channel = some.colours[rows, 0]
-        begin = rows.start if others is hashes else np.searchsorted(all_others.colours[:, 0], channel[0] - NEAR_COLOUR)
-        end = np.searchsorted(all_others.colours[:, 0], channel[-1] + NEAR_COLOUR, "right")
+        channel = ordered.colours[rows, 0]
+        begin = rows.start if others is hashes else np.searchsorted(ordered_others.colours[:, 0], channel[0] - NEAR_COLOUR)
+        end = np.searchsorted(ordered_others.colours[:, 0], channel[-1] + NEAR_COLOUR, "right")
         found = [np.empty((2, 0), dtype=np.int64)]
         for start in range(begin, end, OTHERS_AT_ONCE):
             columns = slice(start, min(start + OTHERS_AT_ONCE, end))
-            one, other = np.nonzero(_differing(some.words[:, rows], all_others.words[:, columns]) <= NEAR_BITS)
+            one, other = np.nonzero(_differing(ordered.words[:, rows], ordered_others.words[:, columns]) <= NEAR_BITS)
             found.append(np.stack([one + rows.start, other + start]))
         one, other = np.concatenate(found, axis=1)
-        alike = (np.abs(some.colours[one] - all_others.colours[other]) <= NEAR_COLOUR).all(axis=1)
-        return np.stack([some.order[one[alike]], all_others.order[other[alike]]])
+        alike = (np.abs(ordered.colours[one] - ordered_others.colours[other]) <= NEAR_COLOUR).all(axis=1)
+        return np.stack([ordered.order[one[alike]], ordered_others.order[other[alike]]])
 
     with ThreadPoolExecutor(CORES) as pool:
         yield from in_order(pool, near, (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(hashes), ROWS_AT_ONCE)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.sources import NO_LABEL, NO_SPLIT, TRAIN, Source, ordered, readable, some, split_number
+from common.data.sources import NO_LABEL, NO_SPLIT, TRAIN, Source, first_few, ordered, readable, split_number
 from common.data.walk import HIDDEN, File
 from common.errors import UserError
 from common.files import is_unicode
@@ -62,7 +62,7 @@ def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
         found[parts] = File(parts, _ZipMember(archive, entry, "/".join(parts)))
         guessed += [] if sure else [name]
     if guessed:
-        print(f"{where}: {len(guessed):,} names are not in UTF-8 and read as code page 437 ({some(guessed)}); if they look "
+        print(f"{where}: {len(guessed):,} names are not in UTF-8 and read as code page 437 ({first_few(guessed)}); if they look "
               "wrong, add --zip_encoding with the one they were written in, such as cp866 or gbk", flush=True)
     yield from found.values()
 
@@ -118,7 +118,7 @@ def _sorted_by_class(files: list[File], labels: list[str | None], splits: list[i
     for name in classes:
         if not is_unicode(name):
             raise UserError(f"{where} has a class whose name is no UTF-8: {name}; rename the folder")
-    number: dict[str | None, int] = {name: place for place, name in enumerate(classes)}
+    number: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
     numbers = np.array([number.get(name, NO_LABEL) for name in names], dtype=np.int64)
     order = sorted(range(len(files)), key=lambda row: (numbers[row], files[row].parts))
     return Source(classes, numbers[order], lambda rows: (files[order[row]].content for row in rows),
@@ -135,11 +135,11 @@ def _by_folders(images: list[File], others: list[File], where: str) -> tuple[lis
     split = bool(tops) and all(split_number(top) != NO_SPLIT for top in tops) or (  # or splits beside folders of other names
         len(known) > 1 and TRAIN in known and all(len(file.parts) == skipped + 3 for file in images))
     depth = skipped + 1 + split  # where an image's name is
-    elsewhere = [str(file) for file in images if len(file.parts) != depth + 1]
+    elsewhere = [file for file in images if len(file.parts) != depth + 1]
     if elsewhere and not split and all(len(file.parts) == depth + 2 for file in images):
         raise UserError(f"{where} has classes in several folders ({', '.join(tops)}); give one of them")
     if elsewhere:
-        raise UserError(f"{where}: {len(elsewhere):,} images are not directly in a class folder ({some(elsewhere)}), and no "
+        raise UserError(f"{where}: {len(elsewhere):,} images are not directly in a class folder ({first_few(elsewhere)}), and no "
                         f"{' or '.join(METADATA_FILES)} lists them with columns file_name and label; move or remove them")
     classes = {file.parts[depth - 1] for file in images}
     for file in others:
@@ -174,8 +174,8 @@ def _by_metadata(images: list[File], tables: dict[File, list[dict[str, Any]]], w
     paths = [_composed(str(file)) for file in images]
     for reason, wrong in (("not listed", set(paths) - set(labels)), ("missing", set(labels) - set(paths))):
         if wrong:
-            raise UserError(f"{where}: {len(wrong):,} images are {reason} ({some(sorted(wrong))}), by {some([*map(str, tables)])}; "
-                            "list all that there are and no others")
+            raise UserError(f"{where}: {len(wrong):,} images are {reason} ({first_few(sorted(wrong))}), by {first_few([*tables])}; list "
+                            "all that there are and no others")
     return [labels[path] for path in paths], [split_number(*file.parts[:-1]) for file in images]
 
 

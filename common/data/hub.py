@@ -51,7 +51,7 @@ def hub_source(task: Task) -> Source:
         split_of = [split_number(str(split)) for split, found in files.items() for _ in found]
         source = parquet_source(paths, split_of, fetch.opened, guard, name, builder.info.features)
 
-    def bring(rows: np.ndarray) -> None:
+    def fetch_rows(rows: np.ndarray) -> None:
         block_of = source.blocks[rows]
         wanted = [np.sort(rows[block_of == block]) for block in np.unique(block_of)]
         with locked(fetch.folder, wait=True), fetch.progress(np.unique(block_of)), ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -61,7 +61,7 @@ def hub_source(task: Task) -> Source:
         for image in source.read(rows):
             yield image if isinstance(image, bytes) else None  # a path would be one of this machine, not of the Hub
 
-    return replace(source, read=read, fetch=bring)
+    return replace(source, read=read, fetch=fetch_rows)
 
 
 @contextmanager
@@ -125,9 +125,9 @@ class _CachedFile(HfFileSystemFile):
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         piece = self.fetch.folder / self.resolved_path.path_in_repo / f"{start}-{end}"
-        known = piece.read_bytes() if piece.is_file() else b""
-        content = known[DIGEST_BYTES:]
-        cached = len(content) == end - start and hashlib.sha256(content).digest() == known[:DIGEST_BYTES]
+        stored = piece.read_bytes() if piece.is_file() else b""
+        content = stored[DIGEST_BYTES:]
+        cached = len(content) == end - start and hashlib.sha256(content).digest() == stored[:DIGEST_BYTES]
         if not cached:
             content = super()._fetch_range(start, end)
             if len(content) != end - start:

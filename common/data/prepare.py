@@ -14,7 +14,7 @@ from common.data.folders import files_source, zip_source
 from common.data.generated import demo_source
 from common.data.hub import hub_source
 from common.data.reading import Images, read_images
-from common.data.sources import NO_LABEL, NO_SPLIT, SPLITS, TRAIN, Source, some
+from common.data.sources import NO_LABEL, NO_SPLIT, SPLITS, TRAIN, Source, first_few
 from common.data.splits import FEWEST, choose, grouped_split, own_splits, random_split
 from common.data.store import MANIFEST_FILE, fingerprint, read_manifest, write_splits
 from common.data.tables import local_parquet_source, saved_source
@@ -124,9 +124,9 @@ def local_source(path: Path, where: str, zip_encoding: str | None = None) -> Sou
     parquet = [file for file in files if file.ending == ".parquet"]
     if not parquet:
         return files_source(files, where)
-    if images := [str(file) for file in files if file.is_image]:
-        raise UserError(f"{where} holds Parquet files ({some([str(file) for file in parquet])}) and images ({some(images)}); "
-                        "give a folder of one of them")
+    if images := [file for file in files if file.is_image]:
+        raise UserError(f"{where} holds Parquet files ({first_few(parquet)}) and images ({first_few(images)}); give a folder of "
+                        "one of them")
     return local_parquet_source(parquet, where, "Parquet")
 
 
@@ -151,13 +151,13 @@ def _write(folder: Path, images: Images, labels: np.ndarray, classes: list[str],
         splits = grouped_split(labels[kept], duplicates.groups(images.hashes[kept]), seed, classes)
     else:
         splits = random_split(labels[kept], seed, own[kept], classes)
-    splits = {name: kept[places] for name, places in splits.items()}
-    digest = fingerprint({name: [(images.digests[i], int(labels[i])) for i in places] for name, places in splits.items()})
-    rows = {name: zip(images.contents(places), labels[places].tolist(), strict=True) for name, places in splits.items()}
+    splits = {name: kept[indices] for name, indices in splits.items()}
+    digest = fingerprint({name: [(images.digests[i], int(labels[i])) for i in indices] for name, indices in splits.items()})
+    rows = {name: zip(images.contents(indices), labels[indices].tolist(), strict=True) for name, indices in splits.items()}
     write_splits(folder, rows, classes, digest)
     near = duplicates.have_near(images.hashes[splits["test"]], images.hashes[splits["train"]])
     return {
-        "classes": classes, "images": {name: len(places) for name, places in splits.items()}, "fingerprint": digest,
+        "classes": classes, "images": {name: len(indices) for name, indices in splits.items()}, "fingerprint": digest,
         "own_splits": own_splits(own), "grey_levels": images.levels, "damaged": len(labels) - len(kept),
         "near_duplicates_in_test": int(near.sum()),
     }

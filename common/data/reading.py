@@ -36,7 +36,7 @@ class Read:
 
 
 class Images:
-    """Images that were read, by their place in the choice: their contents in a file, what is known of them in memory.
+    """Images that were read, by their index in the choice: their contents in a file, what is known of them in memory.
 
     kept: (N,) bool, False where an image was damaged. digests: SHA-256 of each content. hashes: (N, HASH_BYTES) uint8.
     levels: those that became 0 and 255 in all images of more than 8 bits of grey; None if there are none.
@@ -50,17 +50,17 @@ class Images:
         self.hashes = np.zeros((count, HASH_BYTES), dtype=np.uint8)
         self.levels: Levels | None = None
 
-    def put(self, place: int, read: Read) -> None:
+    def add(self, index: int, read: Read) -> None:
         """Keep an image that was read."""
         start = self.file.seek(0, os.SEEK_END)
         self.file.write(read.content)
-        self.extents[place], self.digests[place], self.kept[place] = (start, len(read.content)), read.digest, True
+        self.extents[index], self.digests[index], self.kept[index] = (start, len(read.content)), read.digest, True
         if read.hash is not None:
-            self.hashes[place] = read.hash
+            self.hashes[index] = read.hash
 
-    def contents(self, places: np.ndarray) -> Iterator[bytes]:
+    def contents(self, indices: np.ndarray) -> Iterator[bytes]:
         """These images, encoded."""
-        for start, size in self.extents[places]:
+        for start, size in self.extents[indices]:
             self.file.seek(start)
             yield self.file.read(size)
 
@@ -76,20 +76,20 @@ def read_images(source: Source, rows: np.ndarray, file: BinaryIO, task: Task, sk
     with ThreadPoolExecutor(CORES) as pool:
         results = in_order(pool, read_image, source.read(rows[order]))
         bar = tqdm(results, f"{task.name}: preparing", len(rows), unit="image", disable=None)
-        for place, read in zip(order, bar, strict=True):
+        for index, read in zip(order, bar, strict=True):
             if isinstance(read, Read):
-                images.put(place, read)
+                images.add(index, read)
                 if read.levels:
-                    levels[place] = read.levels
+                    levels[index] = read.levels
             elif not skip_damaged:
-                raise UserError(f"the image in row {rows[place]}{read.path} of {task.name} is damaged: {read}; remove or "
+                raise UserError(f"the image in row {rows[index]}{read.path} of {task.name} is damaged: {read}; remove or "
                                 "replace it, or add --skip_damaged to go on without such images")
         if levels:
             images.levels = common_levels([*levels.values()])
-            places = np.array([*levels])
-            results = in_order(pool, partial(read_image, levels=images.levels), images.contents(places))
-            for place, read in zip(places, results, strict=True):
-                images.put(place, read)
+            indices = np.array([*levels])
+            results = in_order(pool, partial(read_image, levels=images.levels), images.contents(indices))
+            for index, read in zip(indices, results, strict=True):
+                images.add(index, read)
             low, high = images.levels
             print(f"{task.name}: grey levels {low:g} to {high:g} of {len(levels):,} images became 0 to 255", flush=True)
     speed = images.kept.sum() / (time.perf_counter() - started)

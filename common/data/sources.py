@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,9 +54,9 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (float(name) if numbers else 0, name))
 
 
-def some(names: list[str], most: int = 3) -> str:
+def first_few(names: Sequence[object], most: int = 3) -> str:
     """A list for a message: its first entries, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager

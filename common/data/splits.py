@@ -41,9 +41,9 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
             raise UserError(f"class {name!r} of {task.name} has {len(rows)} images, fewer than {max(count, FEWEST)}; "
                             "lower --images_per_class or choose other classes")
         taken = []
-        for part, some in _shares(rows, source.splits[rows], count):
+        for part, number_of_rows in _shares(rows, source.splits[rows], count):
             turns = turn[blocks[part]]  # as many blocks as it takes, in an order that all classes share
-            taken.append(part[turns <= np.sort(turns)[some - 1]][:some])
+            taken.append(part[turns <= np.sort(turns)[number_of_rows - 1]][:number_of_rows])
         chosen.append(np.sort(np.concatenate(taken)))
     return list(classes), np.concatenate(chosen), np.repeat(np.arange(len(classes)), [len(rows) for rows in chosen])
 

@@ -27,8 +27,8 @@ def local_parquet_source(files: Sequence[File], where: str, kind: str) -> Source
 
     Raises UserError, beginning with `where`, if they are several configurations of a dataset, or cannot be read.
     """
-    splits, around = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
-    found = {folder for folder, split in zip(around, splits, strict=True) if split != NO_SPLIT}
+    splits, parents = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
+    found = {folder for folder, split in zip(parents, splits, strict=True) if split != NO_SPLIT}
     if len(found) > 1:
         raise UserError(f"{where} has splits in several folders ({', '.join(sorted(map(str, found)))}); give one")
     # A piece at a time is read: a row group may have gigabytes.

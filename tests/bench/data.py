@@ -40,7 +40,7 @@ def run_duplicates(settings: Settings) -> pd.DataFrame:
 def run_stored(settings: Settings) -> pd.DataFrame:
     """LoRA training (BEiT-base's width, 2 blocks) on 3 GB of pixels on disk / in memory; memory on top of the model's."""
     count = QUICK_IMAGES if settings.quick else IMAGES
-    path = settings.root / "pixels.safetensors"
+    path = settings.root / "pixels.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, size = np.random.default_rng(0), 64 if settings.quick else 224
 
