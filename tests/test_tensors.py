@@ -123,7 +123,7 @@ def test_a_damaged_file_of_pixels_is_made_anew(root, tmp_path):
                       for place in range(numbers, len(content), 97))):
         path.unlink()  # in place, it would be changed for whoever reads it
         path.write_bytes(damaged)
-        assert torch.equal(load(tmp_path).train.inputs[:], wanted)
+        assert torch.equal(load(tmp_path).train.inputs[:], wanted) and path.read_bytes() == content
     row = wanted[3].numpy().tobytes()
     path.unlink()
     path.write_bytes(content.replace(row, row[::-1]))
