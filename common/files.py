@@ -49,7 +49,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _allowed(what: str) -> Iterator[None]:
+def allowed(what: str) -> Iterator[None]:
     """Raise UserError, beginning with `what`, if the file system refuses something in the block."""
     try:
         yield
@@ -64,7 +64,7 @@ def recover(path: Path) -> Path:
     Raises UserError if the file system refuses.
     """
     old = path.with_name(f".{path.name}.old")
-    with _allowed(f"{path} cannot be read or put back from {old.name}"):
+    with allowed(f"{path} cannot be read or put back from {old.name}"):
         if old.exists() and not os.path.lexists(path):
             with suppress(FileNotFoundError):  # another process was faster
                 os.replace(old, path)
@@ -112,7 +112,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 def remove(path: Path) -> None:
     """Delete a file, a link or a folder, if it is there. Raises UserError if the file system refuses."""
-    with _allowed(f"{path} cannot be deleted"):
+    with allowed(f"{path} cannot be deleted"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.files import allowed
 
 PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("datasets", "peft", "torch", "transformers")
@@ -27,11 +27,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """
     hashes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE_FILE):
-        try:
-            with path.open("rb") as file:
-                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); allow it, then run the same command again") from error
+        with allowed(f"{path} cannot be read"), path.open("rb") as file:
+            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 

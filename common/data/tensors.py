@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from PIL import Image as PILImage
 from tqdm import tqdm
@@ -122,8 +121,9 @@ def _processed(folder: Path, manifest: dict[str, Any], processor: BaseImageProce
     Raises UserError if the images are not those of the manifest, or not of one size then.
     """
     def work(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
-        images = processed(processor, [_decoded(content) for content, _ in rows], unscaled, config.model)
-        return images, [(hashlib.sha256(content).digest(), label) for content, label in rows]
+        images = [PILImage.open(BytesIO(content)).convert("RGB") for content, _ in rows]
+        digests = [(hashlib.sha256(content).digest(), label) for content, label in rows]
+        return processed(processor, images, unscaled, config.model), digests
 
     found: dict[str, list[tuple[bytes, int]]] = {}
     shape: torch.Size | None = None
@@ -140,16 +140,11 @@ def _processed(folder: Path, manifest: dict[str, Any], processor: BaseImageProce
         counts = {name: len(rows) for name, rows in found.items()}
         if fingerprint(found) != manifest["fingerprint"] or counts != manifest["images"]:
             raise ValueError("its images are not those of its manifest")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, pa.ArrowException) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Arrow and decoders raise whatever comes up in a damaged file
         fix = f"run {command('Data_Preparation', config)} --overwrite"
         raise UserError(f"{folder} is damaged ({error}); {fix}") from error
-
-
-def _decoded(content: bytes) -> PILImage.Image:
-    try:
-        return PILImage.open(BytesIO(content)).convert("RGB")
-    except Exception as error:  # decoders of damaged files raise whatever comes up
-        raise ValueError(f"an image cannot be decoded: {error}") from error
 
 
 def together(sets: list[ImageSet]) -> ImageSet:
