@@ -1,13 +1,9 @@
 """Files that are whole or not there at all: atomic writing, locks, JSON, CSV."""
 
-import errno
 import glob
 import json
 import os
 import shutil
-import socket
-import time
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,34 +18,23 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOCK_FILE = ".lock"
-HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # in names, which may not be long
-LONGEST_IDLE = 24 * 3600  # seconds
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+JSON_TYPES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, for a file or a folder; move it into place if the block succeeds.
 
-    The path is this process's own: another one that writes `path`, where no lock keeps it out, has its own.
-
-    Raises UserError, naming `path`, if the disk does not take it; what was there before is then still there. Errors of the
-    block that are not of the disk pass through.
+    Raises UserError, naming `path`, if the file system refuses something; what was there before is then still there. Errors
+    of the block that are not of the file system pass through.
     """
-    part, old = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.part"), path.with_name(f".{path.name}.old")
-    in_block = False
+    part, old = path.with_name(f".{path.name}.{os.getpid()}.part"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
-        for left in (part, *_abandoned(path.parent, path.name)):
-            remove(left)
+        tidy(path)
         try:
-            in_block = True
             yield part
-            in_block = False
             if path.is_dir() and not path.is_symlink():  # a full folder cannot be replaced in one step
-                remove(old)
                 os.replace(path, old)
             os.replace(part, path)
             remove(old)
@@ -57,22 +42,20 @@ def writing(path: Path) -> Iterator[Path]:
             recover(path)
             remove(part)
     except (OSError, SafetensorError) as error:
-        if in_block and not _is_of_disk(error, part):
+        if not getattr(error, "errno", None) and "os error" not in str(error):  # the text that safetensors has for such errors
             raise
-        raise UserError(f"{path} cannot be written ({_reason(error)}); what was there before is untouched: make room or "
-                        "choose another --root, then run the same command again") from error
+        raise UserError(f"{path} cannot be written ({error}); what was there before is untouched: make room or choose another "
+                        "--root, then run the same command again") from error
 
 
-def _is_of_disk(error: OSError | SafetensorError, part: Path) -> bool:
-    """True for errors of a disk that is full or broken, and for those that name `part` or a file in it."""
-    if isinstance(error, SafetensorError):  # it has only this text for such errors
-        return "os error" in str(error)
-    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else Path()
-    return error.errno in DISK_ERRORS or part in (named, *named.parents)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+@contextmanager
+def allowed(what: str) -> Iterator[None]:
+    """Raise UserError, beginning with `what`, if the file system refuses something in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror}); allow it or choose another --root, then run the same command again"
+                        ) from error
 
 
 def recover(path: Path) -> Path:
@@ -81,51 +64,26 @@ def recover(path: Path) -> Path:
     Raises UserError if the file system refuses.
     """
     old = path.with_name(f".{path.name}.old")
-    try:
+    with allowed(f"{path} cannot be read or put back from {old.name}"):
         if old.exists() and not os.path.lexists(path):
             with suppress(FileNotFoundError):  # another process was faster
                 os.replace(old, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read or put back from {old.name} ({_reason(error)}); allow it or choose another "
-                        "--root, then run the same command again") from error
     return path
 
 
 def tidy(path: Path) -> None:
     """Undo what a killed run left half-way of one file or folder; only for who holds a lock on it."""
-    old = recover(path).with_name(f".{path.name}.old")
-    remove(old)
-    for part in _abandoned(path.parent, path.name):
+    remove(recover(path).with_name(f".{path.name}.old"))
+    for part in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.part"):
         remove(part)
 
 
 def sweep(folder: Path) -> None:
-    """Undo, in a folder and all below it, what a killed run left half-way; only for who holds the folder's lock.
-
-    What a run is still writing, as it may be where locks do not hold, stays.
-    """
+    """Undo, in a folder and all below it, what a killed run left half-way; only for who holds the folder's lock."""
     for old in list(folder.rglob(".*.old")):
-        recover(old.with_name(old.name[1:].removesuffix(".old")))
-        remove(old)
-    for part in _abandoned(folder):
+        tidy(old.with_name(old.name[1:].removesuffix(".old")))
+    for part in list(folder.rglob(".*.part")):
         remove(part)
-
-
-def _abandoned(folder: Path, name: str = "") -> list[Path]:
-    """The unfinished files whose process has ended: those of `name` in a folder, or all in it and below it.
-
-    Whether one on another machine has ended cannot be known, so those of others are left until nothing changed for a day.
-    """
-    import psutil  # here, so that --help is there at once
-
-    found = []
-    for part in folder.glob(f".{glob.escape(name)}.*.part") if name else folder.rglob(".*.part"):
-        host, _, process = part.name.split(".")[-2].rpartition("-")
-        with suppress(FileNotFoundError):  # it was finished just now
-            idle = time.time() - part.lstat().st_mtime
-            if not psutil.pid_exists(int(process)) if host == HOST else idle > LONGEST_IDLE:
-                found.append(part)
-    return found
 
 
 @contextmanager
@@ -154,14 +112,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
 
 def remove(path: Path) -> None:
     """Delete a file, a link or a folder, if it is there. Raises UserError if the file system refuses."""
-    try:
+    with allowed(f"{path} cannot be deleted"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be deleted ({_reason(error)}); delete it or choose another --root, then run the same "
-                        "command again") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -179,22 +134,23 @@ def read_json(path: Path, fix: str, form: Any = dict) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if misfit := _misfit(content, form, ""):
+            raise ValueError(f"changed or damaged: {misfit}")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}); {fix}") from error
-    if misfit := _misfit(content, form, ""):
-        raise UserError(f"{path} was changed or damaged: {misfit}; {fix}")
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {fix}") from error
     return content
 
 
 def _misfit(content: Any, form: Any, name: str) -> str:
     """What is not of the form, in words; nothing if all is."""
     kind = form if isinstance(form, type) else type(form)
-    if not isinstance(content, (int, float) if kind is float else kind):
+    if not isinstance(content, kind):
         return f"{name or 'it'} is not {JSON_TYPES[kind]}"
+    inner = []
     if isinstance(form, dict):
         inner = [(f"{name}.{key}".lstrip("."), content.get(key), part) for key, part in form.items()]
-    else:
-        inner = [(f"{name}[{index}]", value, form[0]) for index, value in enumerate(content)] if isinstance(form, list) else []
+    elif isinstance(form, list):
+        inner = [(f"{name}[{index}]", value, form[0]) for index, value in enumerate(content)]
     return next(filter(None, (_misfit(value, part, inner_name) for inner_name, value, part in inner)), "")
 
 

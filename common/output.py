@@ -28,10 +28,10 @@ class Output:
         self.is_stdout = _is_stdout(self.path)
         self.stream: TextIO | None = sys.stdout if self.is_stdout else None
         self.begun = False
-        if not self.is_stdout and (found := self._what_is_there(header, inputs)):
+        if not self.is_stdout and (found := self._obstacle(header, inputs)):
             raise UserError(f"--output {name} {found} and is not replaced; choose another name")
 
-    def _what_is_there(self, header: str, inputs: Iterable[Path]) -> str:
+    def _obstacle(self, header: str, inputs: Iterable[Path]) -> str:
         """What must not be replaced, in words; nothing if the file may be written."""
         try:
             if self.path.is_dir():

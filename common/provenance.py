@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.files import allowed
 
 PROVENANCE_FILE = "provenance.json"
 PACKAGES = ("datasets", "peft", "torch", "transformers")
@@ -27,11 +27,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """
     hashes = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != PROVENANCE_FILE):
-        try:
-            with path.open("rb") as file:
-                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); allow it, then run the same command again") from error
+        with allowed(f"{path} cannot be read"), path.open("rb") as file:
+            hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
@@ -44,17 +41,17 @@ def tensor_fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def differences(there: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """What differs between two records, nested ones too, as "key = old, not new", in the order of `wanted`."""
-    for key in {**wanted, **there}:
-        old, new = there.get(key), wanted.get(key)
+    for key in {**wanted, **found}:
+        old, new = found.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key} = {old}, not {new}"
 
 
-def changes(there: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+def changes(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """What differs in what two results were made from: a backbone of the same weights is the same wherever it lies."""
-    same = there.get("backbone") == wanted["backbone"]
-    return differences(there, {**wanted, "model": there.get("model")} if same else wanted)
+    same = found.get("backbone") == wanted["backbone"]
+    return differences(found, {**wanted, "model": found.get("model")} if same else wanted)

@@ -1,5 +1,6 @@
 """What a task is, the two documented tasks, and the tasks of a root folder, which tasks.json there lists in order."""
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from common.errors import UserError
 from common.files import locked, read_json, write_json
 
 TASKS_FILE = "tasks.json"
+TASKS_FORM = {"tasks": [{"key": str, "title": str, "name": str}]}
 HUB = "hub:"  # how a source on the Hub begins
 LONGEST_NAME = 60  # characters, as names are joined to those of files and folders
 RESERVED = "all|none|comparison|routing|(.*_)?history"  # other files, rows and answers have such names: CGM_Lora_Routing.csv
@@ -87,31 +89,30 @@ def own_tasks(sources: Iterable[str], classes: Iterable[str]) -> list[Task]:
         if len(name) > LONGEST_NAME or re.fullmatch(RESERVED, name.lower()):
             raise UserError(f"--task {name}: a name that other results have, or one longer than {LONGEST_NAME} characters; "
                             "choose another")
-        tasks.append(Task(name, name, name, place(source), chosen.pop(name, ())))
+        tasks.append(Task(name, name, name, absolute(source), chosen.pop(name, ())))
     for name in chosen:
         raise UserError(f"--classes {name}=...: there is no --task {name}=SOURCE beside it")
     _check_names(tasks, "--task")
     return tasks
 
 
-def place(source: str) -> str:
+def absolute(source: str) -> str:
     """A source as the command line gives it, wherever the next command runs."""
     return source if source.startswith(HUB) else str(Path(source).resolve())
 
 
 def read_tasks(root: str | Path) -> list[Task]:
-    """The tasks of a root folder, in order; the documented two where there is no tasks.json, as earlier versions left it.
+    """The tasks of a root folder, in order; the documented two where there is no tasks.json.
 
-    Raises UserError if tasks.json is not what Data_Preparation.py wrote. Whether a task's images are there is not asked.
+    Raises UserError if tasks.json is not what Data_Preparation.py wrote. Whether a task's images exist is not asked.
     """
     path = Path(root) / TASKS_FILE
     if not path.exists():
         return list(DOCUMENTED)
     fix = "delete it and run Data_Preparation.py with all tasks again"
     try:
-        tasks = [_from_json(entry) for entry in read_json(path, fix)["tasks"]]
-        texts = [text for task in tasks for text in (task.key, task.title, task.name, task.source, *task.classes)]
-        if not tasks or not all(isinstance(text, str) for text in texts):
+        tasks = [_from_json(entry) for entry in read_json(path, fix, TASKS_FORM)["tasks"]]
+        if not tasks or not all(isinstance(text, str) for task in tasks for text in (task.source, *task.classes)):
             raise ValueError("no tasks")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not list tasks; {fix}") from error
@@ -119,27 +120,25 @@ def read_tasks(root: str | Path) -> list[Task]:
     return tasks
 
 
-def with_those_of(root: str | Path, tasks: Iterable[Task]) -> list[Task]:
-    """The tasks of a root folder with these in place of those of the same key, or behind the others.
+def merged_tasks(root: str | Path, tasks: Iterable[Task]) -> list[Task]:
+    """The tasks that tasks.json of a root folder lists, with these in place of those of the same key, or behind the others.
 
     Raises UserError if two of them could not be told apart by the names of their files.
     """
-    root = Path(root)
-    there = read_tasks(root) if (root / TASKS_FILE).exists() else [
-        task for task in DOCUMENTED if (root / task.dataset_folder).exists()]  # as earlier versions left a root
-    every = [*({task.key: task for task in there} | {task.key: task for task in tasks}).values()]
-    _check_names(every, "--task")
-    return every
+    listed = read_tasks(root) if (Path(root) / TASKS_FILE).exists() else []
+    merged = [*({task.key: task for task in listed} | {task.key: task for task in tasks}).values()]
+    _check_names(merged, "--task")
+    return merged
 
 
 def add_tasks(root: str | Path, tasks: Iterable[Task]) -> list[Task]:
-    """Put tasks into tasks.json of a root folder, as `with_those_of` does; return all that it lists then."""
+    """Put tasks into tasks.json of a root folder, as `merged_tasks` does; return all that it lists then."""
     path = Path(root) / TASKS_FILE
     with locked(path.parent, wait=True):
-        every = with_those_of(root, tasks)
-        if not path.exists() or every != read_tasks(root):
-            write_json(path, {"tasks": [_to_json(task) for task in every]})
-    return every
+        merged = merged_tasks(root, tasks)
+        if not path.exists() or merged != read_tasks(root):
+            write_json(path, {"tasks": [_to_json(task) for task in merged]})
+    return merged
 
 
 def _to_json(task: Task) -> dict[str, Any]:
@@ -154,9 +153,6 @@ def _from_json(entry: dict[str, Any]) -> Task:
 
 def _check_names(tasks: list[Task], where: str) -> None:
     """Raises UserError if two tasks have one name, or names that are one where file names ignore case."""
-    for kind in ("key", "title"):
-        names = [getattr(task, kind) for task in tasks]
-        for name in names:
-            same = [other for other in names if other.casefold() == name.casefold()]
-            if len(same) > 1:
-                raise UserError(f"{where}: two tasks have one name ({' and '.join(same)}); rename one of them")
+    for one, other in itertools.combinations(tasks, 2):
+        if one.key.casefold() == other.key.casefold() or one.title.casefold() == other.title.casefold():
+            raise UserError(f"{where}: two tasks have one name ({one.key} and {other.key}); rename one of them")

@@ -88,19 +88,6 @@ def parquet_without_metadata(folder):
     return write_parquet(folder / "bare.parquet", Dataset.from_dict(columns, features=features))
 
 
-def zipped(folder):
-    return zip_of(folder.with_suffix(".zip"), write_folders(folder))
-
-
-def zipped_with_ways_out(folder):
-    """A zip of class folders, and of images whose paths lead out of it."""
-    path = zipped(folder)
-    with zipfile.ZipFile(path, "a") as archive:
-        for name in ("../outside.png", "../../high/outside.png", "/high/outside.png"):
-            archive.writestr(name, png(0, 0))
-    return path
-
-
 def zip_of(path, folder, renamed=lambda name: name):
     """A zip of what is in a folder, uncompressed, under other names; return the path."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -109,12 +96,17 @@ def zip_of(path, folder, renamed=lambda name: name):
     return path
 
 
-def zipped_on_a_mac(folder):
-    """A zip of a folder of class folders, with what macOS adds."""
+def zipped(folder):
+    return zip_of(folder.with_suffix(".zip"), write_folders(folder))
+
+
+def zipped_with_more(folder):
+    """A zip of a folder of class folders, with what macOS adds, and images whose paths lead out of it."""
     path = zip_of(folder.with_suffix(".zip"), write_folders(folder / "FireRisk").parent)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("__MACOSX/FireRisk/high/._00.png", b"Mac OS X")
-        archive.writestr("FireRisk/.DS_Store", b"Mac OS X")
+        for name in ("__MACOSX/FireRisk/high/._00.png", "FireRisk/.DS_Store", "../outside.png", "../../high/outside.png",
+                     "/high/outside.png"):
+            archive.writestr(name, png(0, 0))
     return path
 
 
@@ -133,8 +125,7 @@ def metadata_csv(folder):
     return folder
 
 
-LAYOUTS = (wrapped_folders, one_parquet, parquet_without_metadata, zipped_on_a_mac, zipped_with_ways_out, saved_dataset,
-           metadata_csv)
+LAYOUTS = (wrapped_folders, one_parquet, parquet_without_metadata, zipped_with_more, saved_dataset, metadata_csv)
 
 
 def changed_file(path, old, new):

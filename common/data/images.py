@@ -11,10 +11,13 @@ from PIL import Image as PILImage
 from PIL import ImageCms, ImageOps
 
 MOST_PIXELS = PILImage.MAX_IMAGE_PIXELS  # of an image: with more, Pillow takes its header for damaged or hostile
+USUAL_TOPS = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of fractions, and of 8, 10, 12, 14 and 16 bits
+
+Levels = tuple[float, float]  # the lowest and the highest grey level of images of more than 8 bits
 
 
 class ImageFile(Protocol):
-    """A file in a folder or in a zip: `pathlib.Path` or `zipfile.Path`."""
+    """A file in a folder or in a zip."""
 
     def read_bytes(self) -> bytes:
         """All of it."""
@@ -24,23 +27,11 @@ Encoded = bytes | ImageFile | None  # an image as a source has it: its content, 
 
 
 class DamagedImage(Exception):
-    """An image that cannot be read, or is not there."""
+    """An image that cannot be read, or is missing. path: the file it is in, in brackets; nothing if it is in a table."""
 
     def __init__(self, encoded: Encoded, reason: str):
         super().__init__(reason)
-        self.missing = encoded is None
         self.path = "" if isinstance(encoded, bytes | None) else f" ({encoded})"
-
-    def at(self, row: int, of: str) -> str:
-        """What is wrong, and in which row of what."""
-        if self.missing:
-            return f"there is no image in row {row} of {of}"
-        return f"the image in row {row}{self.path} of {of} is damaged: {self}"
-
-
-USUAL_TOPS = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of fractions, and of 8, 10, 12, 14 and 16 bits
-
-Levels = tuple[float, float]  # the lowest and the highest grey level of images of more than 8 bits
 
 
 @functools.cache
@@ -51,22 +42,23 @@ def image_endings() -> frozenset[str]:
 
 
 def open_image(encoded: Encoded, known: Sequence[Levels]) -> tuple[PILImage.Image, str]:
-    """An image as upright RGB, and what is to be told of it, in words.
+    """An image as upright RGB, and a remark on it, if there is one to make.
 
     known: the grey levels of the data sets that it may be like. One of more than 8 bits is read by the narrowest of these
-    that holds its own; by the widest if none does, which is told; by its own if none are known. Raises DamagedImage.
+    that holds its own; by the widest if none does, with a remark; by its own if none are known. Raises DamagedImage.
     """
     with opened_image(encoded) as (_, opened):
         opened.load()
-        if not opened.mode.startswith(("I", "F")):
-            return to_rgb(ImageOps.exif_transpose(opened)), ""
-        low, high = levels_of(opened)
-        fitting = [levels for levels in known if levels[0] <= low and high <= levels[1]]
-        by = min(fitting or known, key=lambda levels: (levels[1] - levels[0]) * (1 if fitting else -1),
-                 default=common_levels([(low, high)]))
-        told = "" if fitting or not known else (f"its grey levels, {low:g} to {high:g}, are cut off at those of the images of "
-                                                f"the tasks, {by[0]:g} to {by[1]:g}")
-        return to_rgb(ImageOps.exif_transpose(opened), by), told
+        levels, remark = None, ""
+        if is_deep_grey(opened):
+            low, high = levels_of(opened)
+            fitting = [levels for levels in known if levels[0] <= low and high <= levels[1]]
+            levels = min(fitting or known, key=lambda levels: (levels[1] - levels[0]) * (1 if fitting else -1),
+                         default=common_levels([(low, high)]))
+            if known and not fitting:
+                remark = (f"its grey levels, {low:g} to {high:g}, are cut off at those of the images of the tasks, "
+                          f"{levels[0]:g} to {levels[1]:g}")
+        return to_rgb(ImageOps.exif_transpose(opened), levels), remark
 
 
 @contextmanager
@@ -88,6 +80,11 @@ def opened_image(encoded: Encoded) -> Iterator[tuple[bytes, PILImage.Image]]:
         raise DamagedImage(encoded, str(error) or type(error).__name__) from error
 
 
+def is_deep_grey(image: PILImage.Image) -> bool:
+    """Whether it is grey of more than 8 bits, whose levels have no fixed range."""
+    return image.mode.startswith(("I", "F"))
+
+
 def levels_of(image: PILImage.Image) -> Levels:
     values = np.asarray(image)
     values = values[np.isfinite(values)]
@@ -102,7 +99,7 @@ def common_levels(levels: Sequence[Levels]) -> Levels:
 
 def to_rgb(image: PILImage.Image, levels: Levels | None = None) -> PILImage.Image:
     """Convert any image Pillow opens: transparency over white, grey of more than 8 bits by the levels for 0 and 255."""
-    if image.mode.startswith(("I", "F")):
+    if is_deep_grey(image):
         low, high = levels
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         return PILImage.fromarray(((values - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")

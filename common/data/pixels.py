@@ -1,14 +1,10 @@
-"""Images of one shape in a safetensors file: written as a stream, read row by row, so that few are ever in memory."""
+"""Images of one shape in a NumPy file: written as a stream, read row by row through a memory map, so that few are in memory."""
 
-import hashlib
-import json
-import math
-import os
+import mmap
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,94 +12,57 @@ from torch import Tensor
 
 from common.errors import UserError
 
-DTYPES = {"U8": torch.uint8, "F32": torch.float32}
-TAIL = {"labels": ("I64", "<i8"), "checksums": ("U32", "<u4")}  # what follows the images: a number for each, of these types
-LONGEST_HEADER = 2**16  # bytes; a damaged length could ask for any number of them
-NO_DIGEST = "0" * 64
-
-
-class _File:
-    """A file that is open for reading, from any thread and any process that was forked, until nothing uses it."""
-
-    def __init__(self, path: Path):
-        self.path, self.raw = path, path.open("rb", buffering=0)
-
-    def __del__(self) -> None:
-        if hasattr(self, "raw"):
-            self.raw.close()
-
-    def fill(self, buffer: memoryview, begin: int) -> bool:
-        """Read into all of `buffer` what begins there; False if it cannot be."""
-        try:
-            content = os.pread(self.raw.fileno(), len(buffer), begin)  # forked processes share the place that seek sets
-        except OSError:
-            return False
-        if whole := len(content) == len(buffer):
-            buffer[:] = content
-        return whole
-
 
 @dataclass
 class _Part:
-    """The images of one split. begin: where they start in the file; known: (N,) which of their checksums (N,) were compared."""
+    """The images of one file: a memory map (M, C, H, W), and (M,) the CRC-32 of each and whether that was compared."""
 
-    file: _File
-    begin: int
+    images: np.memmap
     checksums: np.ndarray
-    known: np.ndarray
+    verified: np.ndarray
 
-    def read(self, row: int, image: memoryview) -> None:
-        """Fill `image` with the bytes of a row. Raises UserError if they are not those that were written, twice."""
-        for _ in range(2):
-            whole = self.file.fill(image, self.begin + row * len(image))
-            if whole and (self.known[row] or zlib.crc32(image) == self.checksums[row]):
-                self.known[row] = True
-                return
-        raise UserError(f"{self.file.path} is damaged or cannot be read; delete it, then run the same command again, which "
-                        "makes it anew")
+    def read(self, row: int) -> np.ndarray:
+        """One image. Raises UserError if it is damaged."""
+        image = self.images[row]
+        if not self.verified[row] and zlib.crc32(image) != self.checksums[row]:
+            raise UserError(f"{self.images.filename} is damaged or cannot be read; delete it, then run the same command again, "
+                            "which makes it anew")
+        self.verified[row] = True
+        return image
 
 
 class StoredImages:
     """Images (N, C, H, W) on disk. Indexing, as of a tensor along its first axis, reads the images asked for and no others.
 
-    The first time that an image is read, its checksum is compared, so that nothing has to be read twice.
+    rows: (N, 2) int64, the part and the row in it of each image. shape, ndim, dtype, nbytes: as of a tensor.
     """
 
-    def __init__(self, parts: Sequence[_Part], places: np.ndarray, shape: Sequence[int], dtype: torch.dtype):
-        self.parts, self.places = list(parts), places  # (N, 2): number of the part, row in it
-        self.shape, self.dtype = torch.Size((len(places), *shape)), dtype
-
-    @property
-    def ndim(self) -> int:
-        """Four."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all images."""
-        return self.shape.numel() * self.dtype.itemsize
+    def __init__(self, parts: list[_Part], rows: np.ndarray):
+        self.parts, self.rows = parts, rows
+        images = parts[0].images
+        self.shape, self.ndim = torch.Size((len(rows), *images.shape[1:])), images.ndim
+        self.dtype, self.nbytes = getattr(torch, images.dtype.name), self.shape.numel() * images.itemsize
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.rows)
 
     def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
-        """The images of these rows, on the CPU. Raises UserError if one is damaged."""
-        places = self.places[rows.cpu().numpy() if isinstance(rows, Tensor) else rows]
-        images = torch.empty((*places.shape[:-1], *self.shape[1:]), dtype=self.dtype)
-        size = self.shape[1:].numel() * self.dtype.itemsize
-        content = images.view(-1).view(torch.uint8).numpy().reshape(places.size // 2, size)
-        for image, (part, row) in zip(content, places.reshape(-1, 2).tolist(), strict=True):
-            self.parts[part].read(row, image.data)
+        """The images of these rows, on the CPU. Raises UserError the first time that a damaged one is read."""
+        rows = self.rows[rows.cpu().numpy() if isinstance(rows, Tensor) else rows]
+        images = torch.empty((*rows.shape[:-1], *self.shape[1:]), dtype=self.dtype)
+        for image, (part, row) in zip(images.view(-1, *self.shape[1:]).numpy(), rows.reshape(-1, 2), strict=True):
+            image[...] = self.parts[part].read(row)
+        for part in self.parts:
+            part.images._mmap.madvise(mmap.MADV_DONTNEED)  # what was read leaves this process's memory
         return images
 
     def take(self, rows: Tensor) -> "StoredImages":
         """These rows, which stay on disk."""
-        return StoredImages(self.parts, self.places[rows.cpu().numpy()], self.shape[1:], self.dtype)
+        return StoredImages(self.parts, self.rows[rows.cpu().numpy()])
 
     def followed_by(self, other: "StoredImages") -> "StoredImages":
         """These images and those, which stay on disk."""
-        places = np.concatenate([self.places, other.places + [len(self.parts), 0]])
-        return StoredImages([*self.parts, *other.parts], places, self.shape[1:], self.dtype)
+        return StoredImages([*self.parts, *other.parts], np.concatenate([self.rows, other.rows + [len(self.parts), 0]]))
 
 
 def write(path: Path, counts: dict[str, int], batches: Iterable[tuple[Tensor, list[int]]], of: str) -> None:
@@ -111,35 +70,20 @@ def write(path: Path, counts: dict[str, int], batches: Iterable[tuple[Tensor, li
 
     of: what they are images of, which `read` compares.
     """
-    columns: dict[str, list[int]] = {kind: [] for kind in TAIL}
-    blank = b""
-    with path.open("wb") as file:
-        for images, labels in batches:
-            if not blank:
-                blank = _header(counts, images.shape[1:], images.dtype, of)
-                file.write(blank)
-            columns["labels"] += labels
-            columns["checksums"] += [zlib.crc32(image) for image in images.numpy()]
-            file.write(images.numpy().data)
-        tail = b"".join(np.array(column, TAIL[kind][1]).tobytes() for kind, column in columns.items())
-        file.write(tail)
-        file.seek(0)
-        file.write(blank.replace(NO_DIGEST.encode(), hashlib.sha256(blank + tail).hexdigest().encode()))
-
-
-def _header(counts: dict[str, int], shape: Sequence[int], dtype: torch.dtype, of: str) -> bytes:
-    """How a safetensors file begins: the length of a JSON text, and that text, with room for a digest of it and the tail."""
-    name = next(name for name, known in DTYPES.items() if known == dtype)
-    content: dict[str, Any] = {"__metadata__": {"of": of, "sha256": NO_DIGEST}}
-    end = 0
-    for kind, of_file, size, of_row in [("images", name, math.prod(shape) * dtype.itemsize, list(shape)), *(
-            (kind, of_file, np.dtype(of_numpy).itemsize, []) for kind, (of_file, of_numpy) in TAIL.items())]:
-        for split, count in counts.items():
-            begin, end = end, end + count * size
-            content[f"{split}.{kind}"] = {"dtype": of_file, "shape": [count, *of_row], "data_offsets": [begin, end]}
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    labels: list[int] = []
+    checksums: list[int] = []
+    with path.open("wb") as file:  # not through a map: a full disk would end the process
+        for images, labels_of_batch in batches:
+            pixels = images.numpy()
+            if not labels:
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": pixels.dtype.str, "fortran_order": False, "shape": (sum(counts.values()), *pixels.shape[1:])})
+            file.write(pixels.data)
+            labels += labels_of_batch
+            checksums += map(zlib.crc32, pixels)
+        about = np.array(labels, np.int64), np.array(checksums, np.uint32)
+        for array in (*about, _seal(of, *about)):
+            np.save(file, array)
 
 
 def read(path: Path, counts: dict[str, int], of: str) -> dict[str, tuple[StoredImages, Tensor]] | None:
@@ -147,33 +91,22 @@ def read(path: Path, counts: dict[str, int], of: str) -> dict[str, tuple[StoredI
 
     Only what is no image is read and checked here: the rest when it is used.
     """
-    total = sum(counts.values())
     try:
-        file = _File(path)
-        size = file.raw.seek(0, os.SEEK_END)
-        tail_at = file.raw.seek(size - total * sum(np.dtype(kind).itemsize for _, kind in TAIL.values()))
-        tail = file.raw.read()
-        file.raw.seek(0)
-        head = file.raw.read(8)
-        head += file.raw.read(min(int.from_bytes(head, "little"), LONGEST_HEADER))
-        content = json.loads(head[8:])
-        digest = content["__metadata__"]["sha256"]
-        head = head.replace(digest.encode(), NO_DIGEST.encode())
-        if hashlib.sha256(head + tail).hexdigest() != digest or content["__metadata__"]["of"] != of:
+        images = np.load(path, mmap_mode="r")
+        with path.open("rb") as file:
+            file.seek(images.offset + images.nbytes)
+            labels, checksums, seal = (np.load(file) for _ in range(3))
+        if seal != _seal(of, labels, checksums) or not len(images) == len(labels) == sum(counts.values()):
             return None
-        places = {name: [len(head) + offset for offset in info["data_offsets"]]
-                  for name, info in content.items() if name != "__metadata__"}
-        if max(end for _, end in places.values()) != size:
-            return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except Exception:  # NumPy raises whatever it comes upon in a damaged file
         return None
-    found = {}
-    for split, count in counts.items():
-        info = content[f"{split}.images"]
-        labels, checksums = (np.frombuffer(tail, of_numpy, count, places[f"{split}.{kind}"][0] - tail_at)
-                             for kind, (_, of_numpy) in TAIL.items())
-        part = _Part(file, places[f"{split}.images"][0], checksums, np.zeros(count, dtype=bool))
-        rows = np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], axis=1)
-        found[split] = (StoredImages([part], rows, info["shape"][1:], DTYPES[info["dtype"]]),
-                        torch.from_numpy(labels.astype(np.int64)))
-    return found
+    part = _Part(images, checksums, np.zeros(len(images), dtype=bool))
+    rows = np.stack([np.zeros_like(labels), np.arange(len(labels))], axis=1)
+    splits = np.split(np.arange(len(labels)), np.cumsum([*counts.values()])[:-1])
+    return {name: (StoredImages([part], rows[split]), torch.from_numpy(labels[split]))
+            for name, split in zip(counts, splits, strict=True)}
+
+
+def _seal(of: str, labels: np.ndarray, checksums: np.ndarray) -> np.ndarray:
+    """A text that no other images and no damaged numbers have."""
+    return np.array(f"{of} {zlib.crc32(labels.tobytes() + checksums.tobytes())}")

@@ -1,7 +1,8 @@
 """What a source of images is, whatever kind: labels first, images later; and how classes and splits are named."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,9 +38,13 @@ class Source:
     fetch: Callable[[np.ndarray], None] = lambda rows: None
 
 
-def split_number(name: str) -> int:
-    """The position in SPLITS of a split of this name, NO_SPLIT if it is none. The Hub calls the beginning of one `partial-`."""
-    return SPLIT_NAMES.get(name.casefold().removeprefix("partial-"), NO_SPLIT)
+def split_number(*names: str) -> int:
+    """The position in SPLITS of the first of these names that a split may have, NO_SPLIT if it is none of them.
+
+    The Hub calls the beginning of a split `partial-`.
+    """
+    keys = (name.casefold().removeprefix("partial-") for name in names)
+    return next((SPLIT_NAMES[key] for key in keys if key in SPLIT_NAMES), NO_SPLIT)
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -49,15 +54,15 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (float(name) if numbers else 0, name))
 
 
-def some(names: list[str], most: int = 3) -> str:
+def first_few(names: Sequence[object], most: int = 3) -> str:
     """A list for a message: its first entries, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextmanager
 def readable(where: str, kind: str) -> Iterator[None]:
-    """Name the source if something in it cannot be read."""
+    """Raise UserError, naming the source, if something in it cannot be read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, DatasetsError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, DatasetsError, pa.ArrowException) as error:
         raise UserError(f"{where} cannot be read as {kind} ({error})") from error

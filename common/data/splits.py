@@ -41,9 +41,9 @@ def choose(source: Source, task: Task, config: PreparationConfig) -> tuple[list[
             raise UserError(f"class {name!r} of {task.name} has {len(rows)} images, fewer than {max(count, FEWEST)}; "
                             "lower --images_per_class or choose other classes")
         taken = []
-        for part, some in _shares(rows, source.splits[rows], count):
+        for part, number_of_rows in _shares(rows, source.splits[rows], count):
             turns = turn[blocks[part]]  # as many blocks as it takes, in an order that all classes share
-            taken.append(part[turns <= np.sort(turns)[some - 1]][:some])
+            taken.append(part[turns <= np.sort(turns)[number_of_rows - 1]][:number_of_rows])
         chosen.append(np.sort(np.concatenate(taken)))
     return list(classes), np.concatenate(chosen), np.repeat(np.arange(len(classes)), [len(rows) for rows in chosen])
 
@@ -74,15 +74,15 @@ def random_split(labels: np.ndarray, seed: int, own: np.ndarray | None = None,
     shares = {name: share for name, share in SPLITS.items() if name == "train" or name not in kept}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for label in np.unique(labels):
-        there = {name: np.flatnonzero((labels == label) & (own == list(SPLITS).index(name))) for name in kept}
-        rows = rng.permutation(there.pop("train") if kept else np.flatnonzero(labels == label))
-        for name, needed, found in [("train", len(shares), rows), *((name, 1, part) for name, part in there.items())]:
+        own_rows = {name: np.flatnonzero((labels == label) & (own == list(SPLITS).index(name))) for name in kept}
+        rows = rng.permutation(own_rows.pop("train") if kept else np.flatnonzero(labels == label))
+        for name, needed, found in [("train", len(shares), rows), *((name, 1, part) for name, part in own_rows.items())]:
             if len(found) < needed:
                 raise UserError(f"class {classes[label]!r} has {len(found)} images in {name}, fewer than {needed}; choose "
                                 "other classes, or add --split random to cut all of the source's images anew")
         ends = np.round(np.cumsum([*shares.values()]) / sum(shares.values()) * len(rows)).astype(int)
         ends = np.minimum(ends, len(rows) - np.arange(len(shares))[::-1])  # one or more is left for each
-        for name, part in [*zip(shares, np.split(rows, ends[:-1]), strict=True), *there.items()]:
+        for name, part in [*zip(shares, np.split(rows, ends[:-1]), strict=True), *own_rows.items()]:
             parts[name].append(part)
     return {name: rng.permutation(np.concatenate(part)) for name, part in parts.items()}
 

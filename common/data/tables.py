@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, concatenate_datasets, load_from_disk
+from datasets import ClassLabel, DatasetDict, Features, concatenate_datasets, load_from_disk
 
 from common.data.images import Encoded
 from common.data.sources import NO_LABEL, NO_SPLIT, Source, ordered, readable, split_number
 from common.data.walk import File
 from common.errors import UserError
-from common.files import check_unchained
 from common.tasks import class_name
 
 ROWS_AT_ONCE = 32  # an image may have a megabyte
@@ -28,11 +27,13 @@ def local_parquet_source(files: Sequence[File], where: str, kind: str) -> Source
 
     Raises UserError, beginning with `where`, if they are several configurations of a dataset, or cannot be read.
     """
-    splits, around = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
-    found = {folder for folder, split in zip(around, splits, strict=True) if split != NO_SPLIT}
+    splits, parents = zip(*(_split_of(Path(*file.parts)) for file in files), strict=True)
+    found = {folder for folder, split in zip(parents, splits, strict=True) if split != NO_SPLIT}
     if len(found) > 1:
         raise UserError(f"{where} has splits in several folders ({', '.join(sorted(map(str, found)))}); give one")
-    source = parquet_source([file.content for file in files], splits, _open_local, partial(readable, where, kind), where)
+    # A piece at a time is read: a row group may have gigabytes.
+    opened = partial(pq.ParquetFile, buffer_size=2**20, pre_buffer=False)
+    source = parquet_source([file.content for file in files], splits, opened, partial(readable, where, kind), where)
     return replace(source, blocks=np.zeros_like(source.labels))  # to read of many row groups costs little here
 
 
@@ -41,8 +42,7 @@ def _split_of(path: Path) -> tuple[int, Path]:
     for folder in [*reversed(path.parents)][1:]:
         if (number := split_number(folder.name)) != NO_SPLIT:
             return number, folder.parent
-    words = re.split(r"[\W\d_]+", path.name)
-    return next((number for word in words if (number := split_number(word)) != NO_SPLIT), NO_SPLIT), path.parent
+    return split_number(*re.split(r"[\W\d_]+", path.name)), path.parent
 
 
 def parquet_source(
@@ -76,22 +76,16 @@ def parquet_source(
             wanted = rows[(rows >= start) & (rows < start + count)] - start
             if len(wanted):
                 with guard(), opened(path) as file:
-                    for first, batch in _batches(file, group):
+                    first = 0
+                    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=["image"]):
                         inside = wanted[(wanted >= first) & (wanted < first + len(batch))] - first
                         yield from map(_encoded, batch.column("image").take(inside).to_pylist())
+                        first += len(batch)
 
     with guard():
         classes, labels = _class_labels(values, columns[1])
     blocks = np.repeat(np.arange(len(groups)), [count for *_, count in groups])
     return Source(classes, labels, read, np.array(split_of, dtype=np.int64), blocks)
-
-
-def _batches(file: pq.ParquetFile, group: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The images of a row group a few at a time, each time with the number of the first."""
-    first = 0
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=["image"]):
-        yield first, batch
-        first += len(batch)
 
 
 def _group_labels(file: pq.ParquetFile, group: int) -> list[Any]:
@@ -104,34 +98,23 @@ def _group_labels(file: pq.ParquetFile, group: int) -> list[Any]:
     return file.read_row_group(group, columns=["label"])["label"].to_pylist()
 
 
-def _open_local(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)  # a piece at a time: a row group may have gigabytes
-
-
 def saved_source(folder: Path, where: str) -> Source:
     """A Dataset or all splits of a DatasetDict that `save_to_disk` wrote."""
-    kind = "a saved dataset"
-    check_unchained(folder, where)
-
-    def opened() -> dict[str, Dataset]:
-        with readable(where, kind):
-            saved = load_from_disk(str(folder))
-            return saved if isinstance(saved, DatasetDict) else {"": saved}
+    guard = partial(readable, where, "a saved dataset")
+    with guard():
+        saved = load_from_disk(str(folder))
+        parts = saved if isinstance(saved, DatasetDict) else {"": saved}
+        dataset = concatenate_datasets([*parts.values()])
+        _check_columns(dataset.features.arrow_schema, where)
+        classes, labels = _class_labels(dataset.with_format(None)["label"], dataset.features["label"])
+    images = dataset.with_format("arrow")
 
     def read(rows: np.ndarray) -> Iterator[Encoded]:
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            with readable(where, kind):  # opened anew each time, so that what was read leaves the memory
-                dataset = concatenate_datasets([*opened().values()]).with_format("arrow")
-                images = dataset[rows[start : start + ROWS_AT_ONCE]]["image"].to_pylist()
-            yield from map(_encoded, images)
+            with guard():
+                yield from map(_encoded, images[rows[start : start + ROWS_AT_ONCE]]["image"].to_pylist())
 
-    parts = opened()
-    for part in parts.values():
-        _check_columns(part.features.arrow_schema, where)
     splits = np.repeat([split_number(name) for name in parts], [len(part) for part in parts.values()])
-    with readable(where, kind):
-        dataset = concatenate_datasets([*parts.values()])
-        classes, labels = _class_labels(dataset.with_format(None)["label"], dataset.features["label"])
     return Source(classes, labels, read, splits, np.zeros_like(labels))
 
 

@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from PIL import Image as PILImage
 from tqdm import tqdm
@@ -100,7 +99,7 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
     folder, counts = Path(config.root) / task.dataset_folder, {name: manifest["images"][name] for name in SPLITS}
     settings = json.dumps(processor.to_dict(), sort_keys=True, default=str)
     preprocessing = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    cache, of = folder / f"pixels_{preprocessing}.safetensors", f"{manifest['fingerprint']} {preprocessing}"
+    cache, of = folder / f"pixels_{preprocessing}.npy", f"{manifest['fingerprint']} {preprocessing}"
     scale, offset = affine_of(processor) or (None, None)
     with locked(folder, wait=True):  # two scripts may want to resize at once
         sweep(folder)
@@ -110,8 +109,6 @@ def load_task(task: Task, config: RunFlags, processor: BaseImageProcessor) -> Ta
                 batches = _processed(folder, manifest, processor, scale is not None, config)
                 pixels.write(part, counts, batches, of)
             stored = pixels.read(cache, counts, of)
-    if stored is None:
-        raise UserError(f"{cache} cannot be read back after it was written; check the disk, or choose another --root")
     sets = {name: ImageSet(*stored[name], scale, offset) for name in SPLITS}
     return TaskData(task, manifest["classes"], **sets, fingerprint=manifest["fingerprint"], preprocessing=preprocessing,
                     near_duplicates_in_test=manifest["near_duplicates_in_test"], grey_levels=manifest.get("grey_levels"))
@@ -124,8 +121,9 @@ def _processed(folder: Path, manifest: dict[str, Any], processor: BaseImageProce
     Raises UserError if the images are not those of the manifest, or not of one size then.
     """
     def work(rows: list[Row]) -> tuple[torch.Tensor, list[tuple[bytes, int]]]:
-        images = processed(processor, [_decoded(content) for content, _ in rows], unscaled, config.model)
-        return images, [(hashlib.sha256(content).digest(), label) for content, label in rows]
+        images = [PILImage.open(BytesIO(content)).convert("RGB") for content, _ in rows]
+        digests = [(hashlib.sha256(content).digest(), label) for content, label in rows]
+        return processed(processor, images, unscaled, config.model), digests
 
     found: dict[str, list[tuple[bytes, int]]] = {}
     shape: torch.Size | None = None
@@ -142,16 +140,11 @@ def _processed(folder: Path, manifest: dict[str, Any], processor: BaseImageProce
         counts = {name: len(rows) for name, rows in found.items()}
         if fingerprint(found) != manifest["fingerprint"] or counts != manifest["images"]:
             raise ValueError("its images are not those of its manifest")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, pa.ArrowException) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Arrow and decoders raise whatever comes up in a damaged file
         fix = f"run {command('Data_Preparation', config)} --overwrite"
         raise UserError(f"{folder} is damaged ({error}); {fix}") from error
-
-
-def _decoded(content: bytes) -> PILImage.Image:
-    try:
-        return PILImage.open(BytesIO(content)).convert("RGB")
-    except Exception as error:  # decoders of damaged files raise whatever comes up
-        raise ValueError(f"an image cannot be decoded: {error}") from error
 
 
 def together(sets: list[ImageSet]) -> ImageSet:

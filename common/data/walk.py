@@ -14,7 +14,7 @@ HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"
 
 @dataclass(frozen=True)
 class File:
-    """A file below a folder or in a zip. parts: the folders that lead to it from there, and its name."""
+    """A file below a folder or in a zip. parts: the folders that lead to it, and its name."""
 
     parts: tuple[str, ...]
     content: ImageFile
@@ -33,37 +33,27 @@ class File:
         return "/".join(self.parts)
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or a folder of this name is none of the user's."""
-    return name.startswith(HIDDEN)
-
-
 def walk(folder: Path) -> Iterator[File]:
-    """Every file below a folder, in the order of their parts: links followed, hidden ones left out.
+    """Every file below a folder, in the order of their parts: links followed, hidden ones left out, and what is no file on a
+    disk, such as a FIFO; but not a link to nothing, which is an image that is missing.
 
-    What is no file on a disk, such as a FIFO, is left out too, but not a link to nothing or an empty folder with the name of
-    an image, which are images that are missing. Raises UserError if a folder may not be read.
+    Raises UserError if a folder may not be read.
     """
     try:
-        yield from _walk(folder, (), (os.path.realpath(folder),))
+        yield from _walk(folder, (), (Path(os.path.realpath(folder)),))
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); allow it or leave it out") from error
 
 
-def _walk(folder: Path, parts: tuple[str, ...], above: tuple[str, ...]) -> Iterator[File]:
+def _walk(folder: Path, parts: tuple[str, ...], above: tuple[Path, ...]) -> Iterator[File]:
     """above: the real paths of all folders that led here; a link to what one of these is in has no end."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path, inside = folder / entry.name, (*parts, entry.name)
-        if hidden(entry.name):
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.startswith(HIDDEN):
             continue
-        if not entry.is_dir():
-            if entry.is_file() or not path.exists():
-                yield File(inside, path)
-            continue
-        real = os.path.realpath(path)
-        if any(f"{one}/".startswith(f"{real.rstrip('/')}/") for one in above):
-            continue
-        if (file := File(inside, path)).is_image and not os.listdir(path):
-            yield file
-        else:
-            yield from _walk(path, inside, (*above, real))
+        if path.is_dir():
+            real = Path(os.path.realpath(path))
+            if not any(one.is_relative_to(real) for one in above):
+                yield from _walk(path, (*parts, name), (*above, real))
+        elif path.is_file() or not path.exists():
+            yield File((*parts, name), path)

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from common.data import duplicates, pixels
-from common.data.hashes import BITS_BYTES, HASH_BYTES
+from common.data.duplicates import BITS_BYTES, HASH_BYTES
 from common.data.tensors import ImageSet
 from common.errors import UserError
 from tests.bench.lora import quiet_fit, recipe
@@ -40,7 +40,7 @@ def run_duplicates(settings: Settings) -> pd.DataFrame:
 def run_stored(settings: Settings) -> pd.DataFrame:
     """LoRA training (BEiT-base's width, 2 blocks) on 3 GB of pixels on disk / in memory; memory on top of the model's."""
     count = QUICK_IMAGES if settings.quick else IMAGES
-    path = settings.root / "pixels.safetensors"
+    path = settings.root / "pixels.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, size = np.random.default_rng(0), 64 if settings.quick else 224
 
