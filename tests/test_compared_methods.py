@@ -345,6 +345,6 @@ def test_a_mixture_is_asked_in_every_form_and_is_then_as_it_was(inputs, monkeypa
 
 def test_few_experts_are_all_used_and_of_many_one_unless_it_is_said(config, tasks):
     assert mixture.build(config, tasks).top_k is None
-    assert mixture.build(replace(config, top_k=1), tasks).top_k == 1
+    assert mixture.build(replace(config, top_k="1"), tasks).top_k == 1
     assert [mixture.experts_at_once(config, number) for number in (16, 17)] == [None, 1]
-    assert mixture.experts_at_once(replace(config, top_k=3), 99) == 3
+    assert [mixture.experts_at_once(replace(config, top_k=asked), 99) for asked in ("3", "all")] == [3, None]

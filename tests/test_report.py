@@ -19,7 +19,7 @@ from common.results import report
 from common.results.folder import Results
 from common.results.report import write_report
 
-VOID = {"meta", "link", "img", "br", "line", "rect"}
+VOID = {"meta", "link", "img", "input", "br", "line", "rect"}
 
 
 class Page(HTMLParser):

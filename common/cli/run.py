@@ -1,7 +1,6 @@
 """Running a script: settings of its libraries, signals, and what is said when it cannot go on."""
 
 import ctypes
-import gc
 import io
 import logging
 import os
@@ -28,20 +27,11 @@ LIBRARIES = {
     "GOMP_SPINCOUNT": "1000",
 }
 
-
-# Python looks for garbage after so many new objects. Importing makes a million that stay: at the default of 700, looking takes
-# an eighth of the time.
-MOST_NEW_OBJECTS = 50_000
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's malloc, see mallopt(3)
 
 
 def set_up_libraries() -> None:
-    """Set the libraries' log levels, progress bars, threads and warnings, and what Python and malloc do with garbage.
-
-    Call it before they are imported.
-    """
-    gc.set_threshold(MOST_NEW_OBJECTS)
+    """Set the libraries' log levels, progress bars, threads, memory and warnings. Call it before they are imported."""
     keep_freed_memory()
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)

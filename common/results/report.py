@@ -168,9 +168,9 @@ def _image(image: Image.Image, row: pd.Series) -> dict[str, Any]:
     small.thumbnail((SIDE, SIDE))
     content = BytesIO()
     small.save(content, "JPEG", quality=80)
-    said = NONE if row["Predicted Task"] == NONE else f"{row['Predicted Task']}: {row['Predicted Class']}"
+    prediction = NONE if row["Predicted Task"] == NONE else f"{row['Predicted Task']}: {row['Predicted Class']}"
     return {"source": _embedded(content.getvalue(), "jpeg"), "width": small.width, "height": small.height,
-            "number": row["Image"], "actual": row["Actual Class"], "said": said, "sure": row["Sure"]}
+            "number": row["Image"], "actual": row["Actual Class"], "prediction": prediction, "sure": row["Sure"]}
 
 
 def _settings(path: Path) -> dict[str, Any]:
