@@ -37,11 +37,8 @@ def main(config: RunAllConfig) -> None:
     """Run every script with the flags given here. Raises UserError, after the script's own line, if one fails."""
     if launched()[1] > 1:
         raise UserError("run_all is one process; run the scripts one by one under accelerate launch")
-    print(f"{expected_time(config)}; stopped, it goes on with the same command", flush=True)
+    print(f"{expected_time(config)}; if it is stopped, the same command goes on", flush=True)
     import_libraries()
-    from common.results.report import PAGE
-    from common.results.summary import print_summary
-
     folder = Path(__file__).resolve().parents[1]
     started = time.perf_counter()
     every = steps(config)
@@ -60,6 +57,9 @@ def main(config: RunAllConfig) -> None:
                 raise UserError(f"{script}.py ended with status {status}; run {again} to go on once that is fixed")
         bar_was_drawn = sys.stderr.isatty() or not config.quiet
         print(f"{name if bar_was_drawn else ''}{time.perf_counter() - step_started:.0f} s, {headline(config, scripts)}", flush=True)
+    from common.results.report import PAGE
+    from common.results.summary import print_summary
+
     print()
     print_summary(config.root)
     print(f"\n{time.perf_counter() - started:.0f} s in all; all results on one page: {Path(config.root) / 'Results' / PAGE}")

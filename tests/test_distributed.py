@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from kill_resume import NEEDED, differences
-from pipeline import Workspace, files_in, hashes
+from pipeline import files_in, hashes
 from safetensors.numpy import load_file
 
 from common.training import distributed
@@ -102,13 +102,6 @@ def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
     ended = warm_process.run(script, "--device", "cpu", processes=2)
     assert ended.status and ended.errors.count("Traceback") == 1
     assert "\nZeroDivisionError: division by zero\nrank 1: faulty.py: unexpected ZeroDivisionError" in ended.errors
-
-
-def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
-    place = Workspace(tmp_path / "root", workspace.model)
-    done = warm_process.run("Data_Preparation.py", *place.flags("Data_Preparation"), processes=2)
-    assert (done.status, done.errors) == (0, "") and done.output.count("fire risk: 24 train") == 1
-    assert differences(place, workspace, "Data_Preparation") == []
 
 
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch):

@@ -61,7 +61,9 @@ def _page(top: Path, tasks: list[TaskData], demo: bool) -> str:
         matrices=[{"name": data.task.name, "pictures": _matrices(top, data, methods)} for data in tasks],
         joint=_pictures((top / name / f"{MIXTURE}_Confusion_Matrix.png", f"{methods[name][0]}, all tasks",
                          "confusion matrix over the classes of all tasks") for name in mixtures),
-        curves=_curves(top, tasks, methods), comparison=_comparison(top), routing=_routing(top, tasks, methods),
+        curves=_curves(top, tasks, methods), comparison=_comparison(top),
+        routing=_pictures((top / name / f"{MIXTURE}_Routing.png", f"{methods[name][0]}, routing", "mean gate weight of every "
+                           "expert by layer, one panel for the images of each task") for name in methods),
         images=[{"name": data.task.name, "groups": _images(top, mixtures[0], data, len(tasks))} for data in tasks]
         if mixtures else [],
         settings=[{"name": methods[name][0], "values": _settings(top / name / "config.json")} for name in methods],
@@ -125,23 +127,6 @@ def _comparison(top: Path) -> dict[str, Any] | None:
             for row in table.astype(object).itertuples(index=False)]
     return {"columns": [name.replace("_", " ") for name in table], "rows": rows, "pictures": _pictures([
         (path.with_suffix(".png"), "One model for all tasks", "accuracy of every method by task, as in the table below")])}
-
-
-def _routing(top: Path, tasks: list[TaskData], methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Of every mixture: the picture, and the mean weight of the own task's expert in each layer."""
-    entries = []
-    for name in methods:
-        path = top / name / f"{MIXTURE}_Routing.csv"
-        if path.exists():
-            table = read_csv(path, ("Task", "Layer"))
-            own = {data.task.name: table[table["Task"] == data.task.name].set_index("Layer")[data.task.key] for data in tasks
-                   if data.task.key in table}
-            layers = list(dict.fromkeys(table["Layer"]))
-            pictures = _pictures([(path.with_suffix(".png"), f"{methods[name][0]}, routing", "mean gate weight of every expert "
-                                   "by layer, one panel for the images of each task")])
-            rows = [{"layer": layer, "weights": [weights[layer] for weights in own.values()]} for layer in layers]
-            entries.append({"tasks": list(own), "pictures": pictures, "rows": rows})
-    return entries
 
 
 def _images(top: Path, mixture: str, data: TaskData, tasks: int) -> list[dict[str, Any]]:
