@@ -126,7 +126,7 @@ BAD_INPUTS = {
     "results": [
         Bad("Finetune", ("Finetune/config.json", "--overwrite"), spoil=(cut("Results/Finetune/config.json"),), anew=False),
         Bad("CGM_Lora", ("no rows of CGM_Lora", "--overwrite"), spoil=(drop_rows("CGM_Lora"),), anew=False),
-        Bad("Benchmark", ("summary.csv", "no column", "--overwrite"), spoil=(holds("Results/summary.csv", "a,b\n"),)),
+        Bad("Benchmark", ("summary.csv has no column", "--overwrite"), spoil=(holds("Results/summary.csv", "a,b\n"),)),
         Bad("Benchmark", ("Benchmark_Data", "move it away"), leaves=True,
             spoil=(lambda place: (place.results / "Benchmark_Data").unlink(),
                    holds("Results/Benchmark_Data/notes.txt", "mine"))),

@@ -28,8 +28,8 @@ def read_summary(path: Path) -> pd.DataFrame:
     fix = f"fix it, or delete {path} and run the scripts again with --overwrite"
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=dict.fromkeys(NUMBERS, [""]))
-        for name in TYPES.keys() - set(table):
-            raise ValueError(f"it has no column {name}")
+        if missing := [name for name in (*TEXTS, *NUMBERS) if name not in table]:
+            raise UserError(f"{path} has no column {missing[0]}; {fix}")
         return table.astype(TYPES)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a table ({error}); {fix}") from error
