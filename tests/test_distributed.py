@@ -83,16 +83,6 @@ def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_
     assert again.status == 0 and again.output.count("Finetune is finished already") == 1 and hashes(place.root) == before
 
 
-def test_what_is_wrong_is_said_once(warm_process, mutable):
-    for flags, words in [
-        (["--learning_rate", "-1"], "--learning_rate"),  # before they have met
-        (["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
-        (["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
-    ]:
-        ended = warm_process.run("Finetune.py", *mutable.flags("Finetune", *flags), processes=2)
-        assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
-
-
 def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text("from common.cli.flags import BenchmarkConfig\nfrom common.cli.run import run\n"

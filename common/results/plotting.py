@@ -197,14 +197,10 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
               color="black", label="accuracy = right task x accuracy where it is right, 95 % interval")
     best, oracle = (overall[overall["group"] == group]["accuracy_mean"].iloc[0] for group in (groups[0], groups[-1]))
     axes.axvline(best, color="C3", linewidth=1, zorder=0, label=f"{overall.index[0]}, not told the task")
-    oracle_name = overall[overall["group"] == groups[-1]].index[0]
-    axes.axvline(oracle, color="C2", linewidth=1, linestyle="--", zorder=0, label=oracle_name)
-    axes.axhspan(lines[overall.index[0]] - 0.5, lines[overall.index[0]] + 0.5, color="C3", alpha=0.12, linewidth=0, zorder=0)
+    axes.axvline(oracle, color="C2", linewidth=1, linestyle="--", zorder=0, label=groups[-1])
     axes.set_yticks(range(len(rows)), [short(name, 48) for name in ticks], fontsize=8)
     for label, method in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if method is None else "normal")
-    for line in (line for line, method in enumerate(rows) if method is None):
-        axes.axhspan(line - 0.5, line + 0.5, color="grey", alpha=0.1, linewidth=0, zorder=0)
     seeds = table["seeds"].max()
     means = f"; means over {seeds:.0f} seeds, intervals of the first" if seeds > 1 else ""
     axes.set(xlabel=f"share of test images{means}", xlim=(max(0, own["accuracy_low"].min() - 0.05), 1.01),

@@ -58,7 +58,9 @@ def _page(top: Path, tasks: list[TaskData], demo: bool) -> str:
     return environment.get_template(TEMPLATE).render(
         demo=demo, tasks=[_task(data) for data in tasks],
         scores=[{"name": data.task.name, "rows": _scores(summary, data, methods)} for data in tasks],
-        matrices=[{"name": data.task.name, "pictures": _matrices(top, data, methods)} for data in tasks],
+        matrices=[{"name": data.task.name, "pictures": _pictures(
+            (top / name / f"{prefix}_{data.task.title}_Confusion_Matrix.png", what, f"confusion matrix on {data.task.name}")
+            for name, (what, prefix) in methods.items())} for data in tasks],
         joint=_pictures((top / name / f"{MIXTURE}_Confusion_Matrix.png", f"{methods[name][0]}, all tasks",
                          "confusion matrix over the classes of all tasks") for name in mixtures),
         curves=_curves(top, tasks, methods), comparison=_comparison(top),
@@ -96,11 +98,6 @@ def _pictures(found: Any) -> list[dict[str, Any]]:
 
 def _embedded(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _matrices(top: Path, data: TaskData, methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    return _pictures((top / name / f"{prefix}_{data.task.title}_Confusion_Matrix.png", what,
-                      f"confusion matrix on {data.task.name}") for name, (what, prefix) in methods.items())
 
 
 def _curves(top: Path, tasks: list[TaskData], methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
