@@ -26,14 +26,14 @@ def main(config: LoraConfig) -> None:
         rows = []
         for data in results.missing(tasks, base=bases, adapter=fingerprints):
             folder, fitted = models.lora_folder(config, data.task), None
-            name, shown = f"Lora_{data.task.title}", f"LoRA, {data.task.name}"
+            name, title = f"Lora_{data.task.title}", f"LoRA, {data.task.name}"
             if data.task.key in adapters:
                 model = lora.adopt(config, data, adapters[data.task.key])
             else:
                 model = lora.add_lora(models.load_base(config, data), config.lora_rank, config.lora_alpha, config.seed)
                 fitted = fit(model, data.train, data.validation, config, f"LoRA {data.task.key}",
                              checkpoint=results.checkpoint(folder.name, data))
-                results.write_history(fitted.history, name, shown)
+                results.write_history(fitted.history, name, title)
             probabilities, _ = evaluate(model, data.test, config)
             trained = models.trainable_parameters(model)
             rows.append(results.write_test(data, probabilities, name, "LoRA", fitted, trained))

@@ -52,7 +52,9 @@ def build(config: MixtureConfig, tasks: list[TaskData]) -> ContextGatedMOE:
 
 def experts_at_once(config: MixtureConfig, experts: int) -> int | None:
     """How many experts an image uses; None for all."""
-    return config.top_k or (None if experts <= MOST_AT_ONCE else 1)
+    if config.top_k == "auto":
+        return None if experts <= MOST_AT_ONCE else 1
+    return None if config.top_k == "all" else int(config.top_k)
 
 
 def starts(config: MixtureConfig, tasks: list[TaskData]) -> dict[str, dict[str, str | None]]:

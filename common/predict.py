@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 ANSWERS = 4  # the first, and the three next
 BATCH = 16
-MOST_WORKERS = 4  # batches that are answered at once, each in memory with its activations
-ANSWER_COLUMNS = [f"Answer {place}" for place in range(2, ANSWERS + 1)]
 NAME_WIDTH = 24  # of class names on the terminal
 HEADER = r"Image,Predicted Task,Predicted Class,Probability,.*Familiarity\s*"  # of what this command writes to --output
 
@@ -121,72 +119,52 @@ def ask(paths: list[Path], model: "ContextGatedMOE", processor: "BaseImageProces
     """Rows of the table, batch by batch in the order of the images. Those that are damaged are named and left out.
 
     levels: of grey, of the tasks' images of more than 8 bits.
-
-    Every batch is read, made what the model takes, and answered by one of a few threads: between small operations, threads
-    that share one batch would mostly wait for each other.
     """
-    import torch
-
     from common.data.images import DamagedImage, open_image
-    from common.data.threads import CORES, in_order
 
-    def answer_batch(batch: list[Path]) -> tuple[list[dict[str, object]], list[str]]:
-        names, images, remarks = [], [], []
-        for path in batch:
-            try:
-                image, remark = open_image(path, levels)
-            except DamagedImage as error:
-                remarks.append(f"{path} is no image that can be read: {error}")
-                continue
-            names.append(path)
-            images.append(image)
-            remarks += [f"{path}: {remark}"] if remark else []
-        if not names:
-            return [], remarks
-        pixels = processor(images, return_tensors="pt").pixel_values
-        return answers_of(names, model.predict(pixel_values=pixels.to(device)), model), remarks
-
-    batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-    workers, threads = min(CORES, MOST_WORKERS, len(batches)), torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            for answers, remarks in in_order(pool, answer_batch, batches):
-                print(*remarks, sep="\n", end="\n" * bool(remarks), file=sys.stderr, flush=True)
-                yield answers
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), BATCH):
+            batch = paths[start : start + BATCH]
+            names, images = [], []
+            for path, opened in zip(batch, [pool.submit(open_image, path, levels) for path in batch], strict=True):
+                try:
+                    image, remark = opened.result()
+                except DamagedImage as error:
+                    print(f"{path} is no image that can be read: {error}", file=sys.stderr, flush=True)
+                    continue
+                names.append(path)
+                images.append(image)
+                if remark:
+                    print(f"{path}: {remark}", file=sys.stderr, flush=True)
+            if names:
+                pixels = processor(images, return_tensors="pt").pixel_values.to(device)
+                yield answers_of(names, model.predict(pixel_values=pixels), model)
 
 
-def answers_of(paths: list[Path], said: "Prediction", model: "ContextGatedMOE") -> list[dict[str, object]]:
+def answers_of(paths: list[Path], prediction: "Prediction", model: "ContextGatedMOE") -> list[dict[str, object]]:
     """What the mixture says of each image of a batch: rows of the table."""
-    best = said.logits.topk(min(ANSWERS, len(model.labels)))
-    gates = sum(said.gates.values()) / len(said.gates)  # (B, E): mean over the layers
-    familiarity = [float("nan")] * len(paths) if said.familiarity is None else said.familiarity.tolist()
-    return [
-        answer(path, shares, [model.labels[index] for index in indices], weights, familiar, model)
-        for path, shares, indices, weights, familiar in zip(
-            paths, best.values.exp().tolist(), best.indices.tolist(), gates.tolist(), familiarity, strict=True)
-    ]
-
-
-def answer(path: Path, shares: list[float], answers: list[tuple[str, str]], weights: list[float], familiarity: float,
-           model: "ContextGatedMOE") -> dict[str, object]:
-    """A row of the table. answers: task and class, the surest first; shares: their probabilities; weights: of the experts."""
-    refused = model.refuse_below is not None and familiarity < model.refuse_below
-    task, name = ("none", "none") if refused else answers[0]
-    row: dict[str, object] = {"Image": str(path), "Predicted Task": task, "Predicted Class": name, "Probability": shares[0]}
-    for column, share, (other, its_name) in zip(ANSWER_COLUMNS, shares[1:], answers[1:], strict=False):
-        row |= {column: f"{other}: {its_name}", column.replace("Answer", "Probability"): share}
-    row |= {f"Gate {expert}": weight for expert, weight in zip(model.expert_names, weights, strict=True)}
-    return row | {"Familiarity": familiarity}
+    best = prediction.logits.topk(min(ANSWERS, len(model.labels)))
+    gates = sum(prediction.gates.values()) / len(prediction.gates)  # (B, E): mean over the layers
+    familiarity = [float("nan")] * len(paths) if prediction.familiarity is None else prediction.familiarity.tolist()
+    rows = []
+    for path, logits, columns, weights, familiar in zip(paths, best.values, best.indices.tolist(), gates.tolist(), familiarity,
+                                                        strict=True):
+        refused = model.refuse_below is not None and familiar < model.refuse_below
+        answers, shares = [model.labels[column] for column in columns], logits.exp().tolist()
+        task, name = ("none", "none") if refused else answers[0]
+        row = {"Image": str(path), "Predicted Task": task, "Predicted Class": name, "Probability": shares[0]}
+        for place, ((other, its_name), share) in enumerate(zip(answers[1:], shares[1:], strict=True), start=2):
+            row |= {f"Answer {place}": f"{other}: {its_name}", f"Probability {place}": share}
+        row |= {f"Gate {expert}": weight for expert, weight in zip(model.expert_names, weights, strict=True)}
+        rows.append(row | {"Familiarity": familiar})
+    return rows
 
 
 def as_line(row: dict[str, object], width: int) -> str:
     """A row of the table on the terminal. row: column -> value; width: of the column of paths."""
     cells = []
     for name, value in row.items():
-        size = width if name == "Image" else NAME_WIDTH if name in ("Predicted Class", *ANSWER_COLUMNS) else max(len(name), 6)
+        size = width if name == "Image" else NAME_WIDTH if name.startswith(("Predicted Class", "Answer")) else max(len(name), 6)
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
         if len(text) > size:
             text = f"…{text[1 - size:]}" if name == "Image" else f"{text[: size - 1]}…"

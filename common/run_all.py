@@ -4,10 +4,13 @@ import dataclasses
 import importlib
 import io
 import multiprocessing
+import os
 import runpy
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +18,12 @@ from common.cli.flags import SCRIPTS, RunAllConfig
 from common.cli.processes import launched
 from common.cli.run import run, stop_signals
 from common.errors import UserError
+from common.tasks import read_tasks
+
+# Measured on two cores with nothing else at work (README, "The demo").
+DEMO_SECONDS, DEMO_QUICK_SECONDS = 240, 20
+
+FOLDERS = {"Generate_Base_Model": "Base_Models"}  # script -> folder of its results, where that has another name
 
 # A fork has the libraries imported already, which takes seconds in a process of its own. It is safe only on Linux.
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -28,28 +37,74 @@ def main(config: RunAllConfig) -> None:
     """Run every script with the flags given here. Raises UserError, after the script's own line, if one fails."""
     if launched()[1] > 1:
         raise UserError("run_all is one process; run the scripts one by one under accelerate launch")
+    print(f"{expected_time(config)}; if it is stopped, the same command goes on", flush=True)
     import_libraries()
     folder = Path(__file__).resolve().parents[1]
-    seconds = {}
-    for scripts in steps(config):
-        step = " and ".join(scripts)
-        print(f"\n== {step} ==", flush=True)
-        started = time.perf_counter()
+    started = time.perf_counter()
+    every = steps(config)
+    for number, scripts in enumerate(every, start=1):
+        name = f"[{number}/{len(every)}] {' and '.join(scripts)}: "
+        print(name, end="" if config.quiet else "\n", flush=True)
+        step_started = time.perf_counter()
         if config.overwrite and config.expert and "Lora_Finetune" in scripts:
             # By itself --overwrite leaves the experts of tasks that --expert does not name; here all is made anew.
             (Path(config.root) / "Results" / "Lora_Finetune" / "config.json").unlink(missing_ok=True)
-        statuses = run_scripts({str(folder / f"{script}.py"): flags_for(config, SCRIPTS[script]) for script in scripts})
-        seconds[step] = time.perf_counter() - started
+        with stdout_closed() if config.quiet else nullcontext():
+            statuses = run_scripts({str(folder / f"{script}.py"): flags_for(config, SCRIPTS[script]) for script in scripts})
         for script, status in zip(scripts, statuses, strict=True):
             if status:
                 again = "the same command without --overwrite" if config.overwrite else "the same command"
                 raise UserError(f"{script}.py ended with status {status}; run {again} to go on once that is fixed")
+        bar_was_drawn = sys.stderr.isatty() or not config.quiet
+        print(f"{name if bar_was_drawn else ''}{time.perf_counter() - step_started:.0f} s, {headline(config, scripts)}", flush=True)
+    from common.results.report import PAGE
     from common.results.summary import print_summary
 
-    print("\n== Summary ==")
+    print()
     print_summary(config.root)
-    spent = [f"{step} {time_taken:.0f} s" for step, time_taken in seconds.items()]
-    print("\n" + ", ".join(spent), f"in all {sum(seconds.values()):.0f} s")
+    print(f"\n{time.perf_counter() - started:.0f} s in all; all results on one page: {Path(config.root) / 'Results' / PAGE}")
+
+
+def expected_time(config: RunAllConfig) -> str:
+    """About how long a run takes, in words."""
+    if config.demo:
+        seconds = DEMO_QUICK_SECONDS if config.quick else DEMO_SECONDS
+        return f"The demo takes about {seconds} seconds on two free cores"
+    if config.quick:
+        return "This takes about as long as passing all images through the backbone three times"
+    return "This trains three models for each task: minutes for small backbones or on a GPU, hours for large ones on a CPU"
+
+
+def headline(config: RunAllConfig, scripts: list[str]) -> str:
+    """What a step has made, in a few words: images, or test accuracies."""
+    from common.data.store import read_manifest
+    from common.results.summary import SUMMARY_FILE, read_summary
+
+    tasks = read_tasks(config.root)
+    if scripts == ["Data_Preparation"]:
+        counts = {task.name: sum(read_manifest(task, config)["images"].values()) for task in tasks}
+        return ", ".join(f"{name}: {count} images" for name, count in counts.items())
+    table = read_summary(Path(config.root) / "Results" / SUMMARY_FILE)
+    found = []
+    for script in scripts:
+        accuracies = table[table["method"] == FOLDERS.get(script, script)].set_index("task")["accuracy"]
+        shares = ", ".join(f"{task.name} {accuracies[task.title]:.1%}" for task in tasks if task.title in accuracies)
+        found.append(f"{f'{script}: ' if len(scripts) > 1 else ''}{shares}")
+    return "; ".join(found)
+
+
+@contextmanager
+def stdout_closed() -> Iterator[None]:
+    """Let what this process and its children print to stdout go nowhere."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def import_libraries() -> None:

@@ -1,14 +1,11 @@
 """Tests of the command line: flags and help, how a script ends, which of several processes speaks, and nothing on import."""
 
 import os
-import platform
 import re
-import resource
 import subprocess
 import sys
 
 import pytest
-import torch
 from pipeline import REPOSITORY
 
 from common.cli.flags import SCRIPTS, RunAllConfig, RunFlags
@@ -170,17 +167,6 @@ def test_output_is_written_before_a_process_of_several_ends(ended):
         code, out, err = ended(then, "--seed", "-1", **alone | {"RANK": rank, "LOCAL_RANK": local_rank})
         assert (code, out) == (2, "") and err.startswith(told) and bool(err) == bool(told)
     assert ended("print('done')", RANK="3") == (0, "done\n", "")  # without other processes it is the main one
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they like")
-def test_memory_of_large_tensors_is_kept_for_the_next_ones():
-    """conftest.py sets up the libraries, as every script does."""
-    pages, new = 2**26 // resource.getpagesize(), []
-    for _ in range(8):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2**26, dtype=torch.uint8)
-        new.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert min(new) < pages / 2  # small things may have taken a part of what was freed
 
 
 def test_root_must_be_a_folder(tmp_path):

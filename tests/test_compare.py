@@ -1,6 +1,5 @@
 """Tests of the command `CGM_Lora.py --compare`: its table, what it adds to the results, and when it is made anew."""
 
-import shutil
 
 import pandas as pd
 import pytest
@@ -10,16 +9,14 @@ from pipeline import Workspace
 from common import mixture, models
 from common.comparison import compare, ours
 from common.comparison.method_comparison import METHODS, ORACLE, MethodComparison
-from common.comparison.ours import ANEW, FORMS
+from common.comparison.ours import ANEW, TOP_1
 from common.comparison.score import MIXTURE
 from common.errors import UserError
-
-pytest_plugins = ["warm_process"]
 
 TASKS = {"fire": "Fire_Risk", "game": "Game", "third": "third"}
 JOINT = "joint LoRA of the total rank"
 SEEDED = [method.name for method in METHODS if method.seeded]
-ONCE = [*FORMS, *ANEW, *(method.name for method in METHODS if not method.seeded)]  # the mixture is the same for every seed
+ONCE = [MIXTURE, TOP_1, *ANEW, *(method.name for method in METHODS if not method.seeded)]  # the mixture is the same for every seed
 TABLE = "CGM_Lora/CGM_Lora_Comparison.csv"
 
 
@@ -118,21 +115,3 @@ def test_what_a_comparison_lacks_is_said_in_one_line_before_the_work(compared, t
     assert "\n" not in str(told.value)
     with pytest.raises(UserError, match="two tasks or more"):
         compare.compare(again.config("CGM_Lora"), again.tasks()[:1], None, None)
-
-
-def test_two_processes_with_uneven_batches_compare_as_one(warm_process, compared, tmp_path):
-    """Batches of 3: one process has 12 of the 24 images, in other batches, and of each task's 8 images 5 or 3.
-
-    Without training the mixture is its start.
-    """
-    place = compared.copy(tmp_path / "root")
-    shutil.rmtree(place.results / "CGM_Lora")
-    modules = "comparison.timing", "training.evaluate", "mixture"
-    few = {f"common.{module}.EVALUATION_BATCH": 3 for module in modules}
-    done = warm_process.run("CGM_Lora.py", *place.flags("CGM_Lora", "--epochs", "0", "--compare"), processes=2, constants=few)
-    assert (done.status, done.errors) == (0, "") and done.output.count("The comparison is in") == 1
-    one, two = (table_of(found, "method", "task") for found in (compared, place))
-    same = [name for name in (*SEEDED, *ONCE) if name not in (*FORMS, *ANEW)]
-    for name in ("accuracy", "accuracy_told_task", "right_task", "total_parameters"):
-        other = one.loc[same, name].compare(two.loc[same, name])
-        assert other.empty, (name, other)

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from common.comparison import timing
-from common.comparison.answers import NOT_CHOSEN, Mix, Space, fitted_mix
+from common.comparison.answers import Mix, Space, fitted_mix
 from common.comparison.inputs import mixed_test
 from common.comparison.score import Comparison, Scores, holm, wilson
 
@@ -131,10 +131,3 @@ def test_evidence_of_classes_is_normalised_and_a_tasks_is_that_of_its_classes_to
     assert np.allclose(classes.sum(1), 1) and np.allclose(classes / classes[:, :1], np.exp(scores - scores[:, :1]))
     for own in (SPACE.own(0), SPACE.own(1)):
         assert np.allclose(tasks[:, own], classes[:, own].sum(1, keepdims=True))
-
-
-def test_one_expert_answers_and_the_others_only_if_the_task_is_told():
-    scores, chosen = np.random.default_rng(0).normal(size=(16, 5)), np.arange(16) % 2
-    only = SPACE.only(scores, chosen)
-    assert np.array_equal(SPACE.owner[only.argmax(1)], chosen) and NOT_CHOSEN > 100
-    assert np.array_equal(ANSWERS.right_told(only), ANSWERS.right_told(scores))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from kill_resume import NEEDED, differences
-from pipeline import Workspace, files_in, hashes
+from pipeline import files_in, hashes
 from safetensors.numpy import load_file
 
 from common.training import distributed
@@ -83,16 +83,6 @@ def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_
     assert again.status == 0 and again.output.count("Finetune is finished already") == 1 and hashes(place.root) == before
 
 
-def test_what_is_wrong_is_said_once(warm_process, mutable):
-    for flags, words in [
-        (["--learning_rate", "-1"], "--learning_rate"),  # before they have met
-        (["--model", "/no/such/folder"], "/no/such/folder"),  # all of them
-        (["--seed", "5"], "seed = 3407, not 5"),  # the main one, for which the others wait
-    ]:
-        ended = warm_process.run("Finetune.py", *mutable.flags("Finetune", *flags), processes=2)
-        assert ended.status == 2 and ended.errors.count("\n") == 1 and words in ended.errors
-
-
 def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text("from common.cli.flags import BenchmarkConfig\nfrom common.cli.run import run\n"
@@ -102,13 +92,6 @@ def test_a_fault_in_one_of_two_processes_is_told_whole(warm_process, tmp_path):
     ended = warm_process.run(script, "--device", "cpu", processes=2)
     assert ended.status and ended.errors.count("Traceback") == 1
     assert "\nZeroDivisionError: division by zero\nrank 1: faulty.py: unexpected ZeroDivisionError" in ended.errors
-
-
-def test_data_are_prepared_by_one_of_two(warm_process, workspace, tmp_path):
-    place = Workspace(tmp_path / "root", workspace.model)
-    done = warm_process.run("Data_Preparation.py", *place.flags("Data_Preparation"), processes=2)
-    assert (done.status, done.errors) == (0, "") and done.output.count("fire risk: 24 train") == 1
-    assert differences(place, workspace, "Data_Preparation") == []
 
 
 def test_every_row_counts_in_one_process_and_all_have_equally_many(monkeypatch):

@@ -35,7 +35,7 @@ BAD_FLAGS = {
     "Benchmark": "--device abacus hpu --model /no/such/folder",
     "Finetune": "--layer_decay 0 2 nan --epochs 0",
     "Lora_Finetune": "--lora_rank 0 1.5 --lora_alpha 0",
-    "CGM_Lora": "--gate_hidden 0 --top_k -1 --refuse -0.1 nan --batch_size -1",
+    "CGM_Lora": "--gate_hidden 0 --top_k -1 0 some --refuse -0.1 nan --batch_size -1",
 }
 
 

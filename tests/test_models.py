@@ -177,7 +177,7 @@ def test_a_backbone_of_any_family_is_that_of_transformers(tmp_path, name):
     assert blocks == {key for key in linears if re.search(r"\.(layers?|blocks)\.\d+\.(?!downsample|blocks)", key)}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["swin", "clip"])  # without a class token, and published with a text model
 def test_a_backbone_of_another_family_goes_through_the_scripts(workspace, tmp_path, name):
     """All scripts run on the prepared images, and what they trained is opened by the libraries alone."""
     save_family(name, tmp_path / "model")

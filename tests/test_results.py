@@ -1,6 +1,5 @@
-"""Tests of what lands in Results/: scores, predictions among all tasks' classes, memory, and what is made anew."""
+"""Tests of what lands in Results/: scores, predictions among all tasks' classes, and what is made anew."""
 
-import mmap
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ from pipeline import write_nothing
 
 from common.errors import UserError
 from common.results.folder import Results
-from common.results.memory import PeakMemory
 from common.results.metrics import (
     NONE,
     JointPredictions,
@@ -101,19 +99,6 @@ def test_the_files_of_a_mixture_agree_with_each_other(tmp_path, workspace, capsy
         written = table.filter(regex="^Probability ").to_numpy()
         assert np.allclose(written, predictions.probabilities, rtol=1e-5, atol=0)  # small ones too
     assert "cannot be drawn" not in capsys.readouterr().err
-
-
-def test_peak_memory_is_that_since_the_last_restart():
-    memory = PeakMemory()
-    if memory.mib() is None:
-        pytest.skip("this system tells no peak memory of a part of a process's life")
-    before = memory.mib()
-    with mmap.mmap(-1, 2**29) as held:  # not of an allocator, which might keep it
-        held.write(b"a" * 2**29)
-        with_it = memory.mib()
-    assert with_it > before + 200 and memory.mib() == pytest.approx(with_it, abs=50)
-    memory.restart()
-    assert memory.mib() < with_it - 200
 
 
 def test_only_what_belongs_to_tasks_that_are_there_is_compared():

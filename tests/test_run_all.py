@@ -1,6 +1,7 @@
 """Tests of run_all: what it hands on, in what order it runs the scripts, and how it stops."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from pipeline import METHODS, REPOSITORY
+from refusals import RESULTS_OF
 
 from common import run_all
 from common.cli.flags import SCRIPTS, RunAllConfig
@@ -29,6 +31,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # even if whoever runs
 run_all.import_libraries = lambda: None  # which takes seconds, and these scripts use none
 run_all.SCRIPTS = {sys.argv.pop(): RunFlags, sys.argv.pop(): RunFlags}
 run_all.SIDE_BY_SIDE, run_all.torch_threads = list(run_all.SCRIPTS), lambda: 2
+run_all.headline = lambda *_: ""
 run(run_all.main, RunAllConfig)
 """
 # A script that takes its time, and some more to save when it is asked to stop.
@@ -68,11 +71,18 @@ def test_it_runs_the_six_scripts_in_order_up_to_a_failure_and_ends_with_the_summ
     monkeypatch.setattr(run_all, "torch_threads", lambda: 2)
     run_all.main(parse(RunAllConfig, [*flags, "--side_by_side", "no"]))
     assert started == [*first, ["Finetune"], ["Lora_Finetune"], *last]
-    summary = capsys.readouterr().out.partition("== Summary ==")[2]
-    assert all(summary.count(f"{method} ") >= 2 for method in METHODS)
-    run_all.main(parse(RunAllConfig, flags))
+    expected, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"The demo takes about \d+ seconds", expected) and lines[6] == ""
+    assert lines[0] == "[1/6] Data_Preparation: 0 s, fire risk: 40 images, video games: 40 images"
+    accuracy = workspace.summary().set_index(["method", "task"])["accuracy"]
+    for line, number, script in zip(lines[1:6], range(2, 7), list(SCRIPTS)[1:], strict=True):
+        fire, game = (accuracy[RESULTS_OF[script], title] for title in ("Fire_Risk", "Game"))
+        assert line == f"[{number}/6] {script}: 0 s, fire risk {fire:.1%}, video games {game:.1%}"
+    assert all("\n".join(lines[6:]).count(f"{method} ") >= 2 for method in METHODS)
+    assert lines[-1].endswith(f"all results on one page: {workspace.results / 'index.html'}")
+    run_all.main(parse(RunAllConfig, [*flags, "--quiet", "no"]))
     assert started[6:] == [*first, ["Finetune", "Lora_Finetune"], *last]
-    assert "Benchmark 0 s, Finetune and Lora_Finetune 0 s, CGM_Lora 0 s" in capsys.readouterr().out
+    assert "[4/5] Finetune and Lora_Finetune: \n[4/5] Finetune and Lora_Finetune: 0 s, Finetune: fire" in capsys.readouterr().out
     with pytest.raises(UserError, match="Lora_Finetune.py ended with status 2"):
         run_all.main(parse(RunAllConfig, flags))
     assert len(started) == 15
@@ -94,6 +104,15 @@ def test_a_script_runs_as_from_a_terminal(tmp_path, capfd):
                       "print(sys.argv)\nsys.exit(7)\n")
     assert run_all.run_scripts({str(script): ["--a", "b c"]}) == [7]
     assert capfd.readouterr().out == f"{[str(script), '--a', 'b c']}\n"
+
+
+def test_with_quiet_nothing_but_errors_arrives(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('much')\nprint('wrong', file=sys.stderr)\n")
+    code = ("import sys; from common import run_all\nprint('before')\nwith run_all.stdout_closed():\n"
+            "    run_all.run_scripts({sys.argv[1]: []})\nprint('after')")
+    done = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == ("before\nafter\n", "wrong\n")
 
 
 def test_scripts_side_by_side_share_the_threads_and_draw_no_bars(tmp_path):
@@ -135,6 +154,7 @@ def test_ctrl_c_and_sigterm_let_a_script_save_and_start_no_other(tmp_path):
                 send(process.pid, number)
                 output, errors = process.communicate()
             scripts = ["first.py", "second.py"] if flags == ["yes"] else ["first.py"]
-            assert (process.returncode, output) == (130, "saved\n" * len(scripts)), (number, then, errors)
+            assert process.returncode == 130, (number, then, errors)
+            assert [line for line in output.splitlines() if line != "at work"][-len(scripts) :] == ["saved"] * len(scripts)
             *told, last = [line.partition(": interrupted; ")[0] for line in errors.splitlines()]
             assert (sorted(told), last) == (scripts if then == "raise" else [], "-c")

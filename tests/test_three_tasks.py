@@ -2,24 +2,15 @@
 
 import shutil
 
-import numpy as np
-import pandas as pd
 import pytest
-import torch
-from mixture_models import assert_close
 from pipeline import files_in, hashes
-from safetensors.torch import load_file
 
-from common import mixture as steps
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.tasks import read_tasks
-from ContextGatedMOE.experts import keep_gates, solve
-from ContextGatedMOE.heads import HEAD_NUMBERS
 
 KEYS = ["fire", "game", "third"]
 TITLES = ["Fire_Risk", "Game", "third"]
-TWO, ALL_THREE = "Models/fire_game_cgm_lora", "Models/fire_game_third_cgm_lora"
+TWO = "Models/fire_game_cgm_lora"
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +33,6 @@ def test_a_task_that_is_added_has_every_file_and_leaves_those_of_the_others(adde
     assert changed == {"tasks.json", "Results/summary.csv", "Results/index.html", *(
         f"Results/{method}/config.json" for method in ("Base_Models", "Benchmark", "Finetune", "Lora_Finetune"))}
     assert set(added.summary().groupby("method")["task"].agg(tuple)) == {tuple(TITLES)}
-
-
-def test_predictions_of_every_task_are_among_the_classes_of_all(added):
-    labels = [(data.task.key, name) for data in added.tasks() for name in data.classes]
-    probabilities = [f"Probability {task}: {name}" for task, name in labels]
-    for title in TITLES:
-        table = added.predictions("CGM_Lora", title)
-        assert list(table) == ["Image", "Predicted Class", "Actual Class", "Predicted Task", *probabilities,
-                               *(f"Gate {key}" for key in KEYS), "Familiarity"]
-        best = table[probabilities].to_numpy().argmax(1)
-        assert list(zip(table["Predicted Task"], table["Predicted Class"], strict=True)) == [labels[index] for index in best]
-    table = pd.read_csv(added.results / "CGM_Lora" / "CGM_Lora_Routing.csv")
-    assert list(table) == ["Task", "Layer", *KEYS] and np.allclose(table[KEYS].sum(axis=1), 1, atol=5e-6)
-    assert list(zip(table["Task"], table["Layer"], strict=True)) == [
-        (task.name, f"beit.layers.{block}") for task in read_tasks(added.root) for block in range(2)]
 
 
 # ---- adding an expert to the finished mixture ----
@@ -86,40 +62,6 @@ def test_a_grown_mixture_has_all_results_in_a_folder_of_its_own(grown, workspace
     assert list(grown.summary().set_index("method").loc["CGM_Lora_third", "task"]) == TITLES
     grown.run("CGM_Lora", "--add_expert", adapters["third"])
     assert "CGM_Lora_third is finished already" in capsys.readouterr().out and hashes(grown.results) == after
-
-
-def test_a_grown_mixture_keeps_the_experts_and_the_numbers_that_it_started_from(grown, added):
-    """The experts are those of the mixture of all three, which was made at once."""
-    start, whole, ours = (load_file(folder / "cgm_model.safetensors") for folder in (
-        grown.results / "CGM_Lora" / TWO, added.results / "CGM_Lora" / ALL_THREE, grown.results / "CGM_Lora_third" / ALL_THREE))
-    assert read_json(grown.results / "CGM_Lora_third" / ALL_THREE / "cgm_config.json", "")["experts"] == KEYS
-    assert ours.keys() == start.keys()  # the gates stand where they stood
-    coefficients = {name for name in ours if name.endswith("coefficient")}
-    numbers = {name for name in ours if name.endswith(HEAD_NUMBERS)}
-    assert coefficients and all(torch.equal(ours[name], start[name]) for name in coefficients)
-    assert len(numbers) == len(HEAD_NUMBERS) and all(torch.equal(ours[name][:2], start[name]) for name in numbers)
-    experts = {name for name in ours if ".context_gate." not in name} - numbers
-    assert experts and all(torch.equal(ours[name], whole[name]) for name in experts)
-
-
-def test_an_expert_added_by_its_own_images_gives_the_gates_that_all_images_give(grown, added):
-    """The two may differ by rounding only: the mixture of all is fitted to all images at once, with the same gates and numbers."""
-    config, tasks = added.config("CGM_Lora"), added.tasks()
-    ours = steps.load(grown.results / "CGM_Lora_third" / ALL_THREE, config, tasks)
-    whole = steps.build(config, tasks)
-    whole.fit_gates({data.task.key: steps.Batches(data.train, 8) for data in tasks})
-    keep_gates(whole, set(ours.gates()))
-    whole.shrinkage, whole.usual_familiarity = ours.shrinkage, ours.usual_familiarity
-    solve(whole)
-    numbers = {name: tensor for name, tensor in ours.state_dict().items() if name.endswith(("coefficient", *HEAD_NUMBERS))}
-    assert whole.load_state_dict(numbers, strict=False).unexpected_keys == []
-    for data in tasks:
-        images = data.test.batch(torch.arange(len(data.test)))
-        said, expected = ours.predict(images), whole.predict(images)
-        assert_close(said.logits, expected.logits, 1e-3)
-        assert_close(said.familiarity, expected.familiarity, 1e-3)
-        for layer, weights in expected.gates.items():
-            assert_close(said.gates[layer], weights, 1e-3)
 
 
 def test_an_expert_that_cannot_be_added_is_refused_in_one_line(grown, adapters, tmp_path):

@@ -3,14 +3,12 @@
 import dataclasses
 import os
 import re
-import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from common.cli.experts import ExpertFlags
 from common.cli.options import option
-from common.cli.sources import SourceFlags
+from common.cli.sources import ExpertFlags, SourceFlags
 from common.errors import UserError
 from common.files import check_unchained, is_unicode
 
@@ -44,13 +42,11 @@ class RunFlags:
                     raise UserError(f"--{name} {text} is no UTF-8; rename it")
         check_unchained(self.root, f"--root {self.root}")
         try:
-            there = os.stat(self.root)
+            os.listdir(self.root)
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(f"--root {self.root} cannot be used ({error.strerror}); choose another") from error
-        if not stat.S_ISDIR(there.st_mode) or not os.access(self.root, os.R_OK | os.X_OK):
-            raise UserError(f"--root {self.root} is not a folder that you may open; choose another")
 
     def made_anew(self) -> set[str] | None:
         """Keys of the tasks whose results --overwrite makes anew; None for all."""
@@ -59,7 +55,7 @@ class RunFlags:
     # The smallest value that makes sense, by flag, for all groups below.
     lowest: ClassVar[dict[str, float]] = {
         "seed": 0, "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "learning_rate": 0, "weight_decay": 0,
-        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "top_k": 0, "refuse": 0,
+        "warmup_epochs": 0, "lora_rank": 1, "lora_alpha": 1, "gate_hidden": 1, "refuse": 0,
         "seeds": 1, "checkpoint_every_steps": 0,
     }
 
@@ -130,15 +126,16 @@ class GateFlags:
 
     _argument_group_name: ClassVar[str] = "gates"
     gate_hidden: int = option(128, "units of each gate's first layer")
-    top_k: int = option(0, "experts that an image uses; 0 is all of up to 16 experts, and one where there are more")
+    top_k: str = option(
+        "auto", "experts that an image uses: a number, or 'all'; auto is all of up to 16 experts, and 1 where there are more")
     passes: Literal[1, 2] = option(
         1, "1: one pass, in which the first third of the blocks finds the experts and the others use them; 2: the plain "
            "backbone finds the expert, which answers in a second pass: more accurate, and takes twice as long")
     quick: bool = option(False, "a mixture from images alone: no adapters, the gates' knowledge of the classes is the answer")
     refuse: float = option(0.0, "answer 'none' to images that look less familiar than this share of the validation images does")
-    add_expert: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME "
-                "alone; NAME by itself adds an expert without an adapter"})
+    add_expert: list[str] = option(
+        [], "NAME=FOLDER: add the peft LoRA adapter in FOLDER to the finished mixture, by the images of the task NAME alone; "
+            "NAME by itself adds an expert without an adapter")
 
 
 @dataclass
@@ -209,6 +206,8 @@ class MixtureConfig(GateFlags, TrainingFlags, RunFlags):
             raise UserError("--quick makes a mixture without adapters; leave --compare and --add_expert out")
         if self.refuse >= 1:
             raise UserError(f"--refuse takes a share of the validation images, from 0 to below 1, not {self.refuse}")
+        if self.top_k not in ("auto", "all") and not (self.top_k.isdecimal() and int(self.top_k)):
+            raise UserError(f"--top_k takes a number of at least 1, 'all' or 'auto', not {self.top_k}")
         if self.compare and self.add_expert:
             raise UserError("--compare is of the mixture of the tasks' own experts; leave --add_expert out")
         for entry in self.add_expert:
@@ -228,10 +227,11 @@ class RunAllConfig(ExpertFlags, SourceFlags, RunFlags):
     """Settings of `python -m common.run_all`: the flags it hands on, and how it runs the scripts."""
 
     _argument_group_name: ClassVar[str] = "order"
-    demo_defaults: ClassVar[dict[str, Any]] = {"side_by_side": True}
+    demo_defaults: ClassVar[dict[str, Any]] = {"side_by_side": True, "quiet": True}
     side_by_side: bool = option(
         False, "run Finetune.py and Lora_Finetune.py at the same time, each with half of the CPU's threads: faster for small "
         "models, and takes the memory of both")
+    quiet: bool = option(False, "one line a step in place of all that the scripts print")
     quick: bool = option(False, "only prepare the images and make a mixture of them without adapters, which needs no training")
 
 
@@ -240,8 +240,7 @@ class PredictConfig(HardwareFlags, RunFlags):
     """Settings of `python -m common.predict`."""
 
     _argument_group_name: ClassVar[str] = "prediction"
-    images: list[str] = field(default_factory=list, metadata={
-        "help": "images, of any kind that Pillow opens, or folders of images", "positional": True})
+    images: list[str] = option([], "images, of any kind that Pillow opens, or folders of images", positional=True)
     model: str | None = option(None, "the backbone, a name on the Hub or a folder; by default the one the mixture was made on")
     mixture: str | None = option(None, "folder of a saved mixture; by default the finished one below --root")
     output: str | None = option(None, "CSV file to write the answers to")

@@ -64,14 +64,14 @@ def _demo_defaults(config_class: type[Config]) -> dict[str, Any]:
 
 def _help(field: dataclasses.Field, demo_defaults: dict[str, Any]) -> str:
     """What a flag means, its default, and its default with --demo."""
-    defaults = [] if field.default in (None, dataclasses.MISSING) else [f"default: {_shown(field.default)}"]
+    defaults = [] if field.default in (None, dataclasses.MISSING) else [f"default: {_as_typed(field.default)}"]
     if field.name in demo_defaults:
-        defaults.append(f"with --demo {_shown(demo_defaults[field.name])}")
+        defaults.append(f"with --demo {_as_typed(demo_defaults[field.name])}")
     text = field.metadata["help"] + (f" ({'; '.join(defaults)})" if defaults else "")
     return text.replace("%", "%%")
 
 
-def _shown(value: Any) -> str:
+def _as_typed(value: Any) -> str:
     """A default as it would be typed."""
     if isinstance(value, bool):
         return "yes" if value else "no"

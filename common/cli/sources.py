@@ -1,7 +1,8 @@
-"""The flags that tell where images come from."""
+"""The flags that tell where images and finished adapters come from."""
 
 import codecs
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.cli.options import option
@@ -17,17 +18,15 @@ class SourceFlags:
     """Where images come from and how many are used."""
 
     _argument_group_name: ClassVar[str] = "sources"
-    task: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=SOURCE, once per task: own tasks in place of the two documented ones; beside tasks that the root has "
-                f"already, one more. NAME is of letters, digits, _ and -; SOURCE is {SOURCE_HELP}"})
-    classes: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=class,class,...: classes of the own task NAME to use, in label order; by default all"})
+    task: list[str] = option(
+        [], "NAME=SOURCE, once per task: own tasks, which replace the two example tasks; beside tasks that the root has already, "
+            f"one more. NAME is of letters, digits, _ and -; SOURCE is {SOURCE_HELP}")
+    classes: list[str] = option([], "NAME=class,class,...: classes of the own task NAME to use, in label order; by default all")
     fire_source: str | None = option(None, f"images of fire risk instead of those on the Hub: {SOURCE_HELP}")
     game_source: str | None = option(None, "images of video games instead of those on the Hub, in the same way")
-    fire_classes: list[str] = field(default_factory=list, metadata={
-        "help": "classes of fire risk to use, in label order; by default the first four; 'all' takes every class"})
-    game_classes: list[str] = field(default_factory=list, metadata={
-        "help": "classes of video games to use, in the same way"})
+    fire_classes: list[str] = option(
+        [], "classes of fire risk to use, in label order; by default the first four; 'all' takes every class")
+    game_classes: list[str] = option([], "classes of video games to use, in the same way")
     images_per_class: str = option(
         "auto", "images of each class, chosen by the seed; 'all' takes as many as there are; auto is 1000 for the documented "
                 "tasks (250 with --demo) and all for own tasks, of whose classes a number is the most that is taken"
@@ -56,7 +55,7 @@ class SourceFlags:
             raise UserError(f"--zip_encoding {self.zip_encoding} is no code page that Python knows; cp866 and gbk are") from error
         for name in ("fire_source", "game_source", "fire_classes", "game_classes"):
             if self.task and getattr(self, name):
-                raise UserError(f"--{name} is of the documented tasks, whose place those of --task take; leave one of them out")
+                raise UserError(f"--{name} is of the documented tasks, which --task replaces; leave one of them out")
         self.own_tasks()
 
     def own_tasks(self) -> list[Task]:
@@ -74,3 +73,26 @@ class SourceFlags:
         if self.images_per_class != "auto":
             return self.images_per_class
         return ("250" if self.demo else "1000") if task.demo else "all"
+
+
+@dataclass
+class ExpertFlags:
+    """Finished adapters in place of trained ones."""
+
+    _argument_group_name: ClassVar[str] = "experts"
+    expert: list[str] = option(
+        [], "NAME=ADAPTER: take a finished peft LoRA adapter as the expert of the task NAME instead of training one: a folder, or "
+            "OWNER/NAME on the Hub, with a revision and a subfolder as OWNER/NAME@REVISION:SUBFOLDER. Lora_Finetune.py "
+            "--overwrite then makes only these tasks' experts anew")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for entry in self.expert:
+            if not re.fullmatch(r"[\w-]+=.+", entry):
+                raise UserError(f"--expert takes NAME=ADAPTER, NAME being that of a task, not {entry}")
+        if len(self.experts()) < len(self.expert):
+            raise UserError("--expert is given twice for one task; choose one adapter")
+
+    def experts(self) -> dict[str, str]:
+        """The finished adapters: name of the task -> where the adapter is."""
+        return {name: source for name, _, source in (entry.partition("=") for entry in self.expert)}

@@ -13,10 +13,19 @@ from common.errors import UserError
 from common.files import remove
 from common.results import plotting
 from common.results.folder import Results
+from common.results.summary import as_text
 from common.training import distributed
 from ContextGatedMOE import ContextGatedMOE
 
 NAME = "CGM_Lora_Comparison"
+# Title of a column on the terminal -> column and format.
+PRINTED = {
+    "method": ("method", ""), "accuracy": ("accuracy", ".1%"), "right task": ("right_task", ".1%"),
+    "within it": ("accuracy_given_right_task", ".1%"), "told the task": ("accuracy_told_task", ".1%"),
+    "mean of seeds": ("accuracy_mean", ".1%"), "spread": ("accuracy_spread", ".1%"), "p (Holm)": ("mcnemar_p_holm", ".3f"),
+    "trained": ("trainable_parameters", ",.0f"), "parameters": ("total_parameters", ",.0f"),
+    "images/s": ("images_per_second", ",.0f"),
+}
 
 
 def compare(config: MixtureConfig, tasks: list[TaskData], mixture: ContextGatedMOE, results: Results) -> None:
@@ -75,18 +84,5 @@ def _draw(results: Results, table: pd.DataFrame) -> None:
 @distributed.on_main
 def _print(results: Results, table: pd.DataFrame) -> None:
     """Print the rows of all tasks together."""
-    def column(name: str, form: str) -> list[str]:
-        return ["" if pd.isna(value) else f"{value:{form}}" for value in rows[name]]
-
-    rows = table[table["task"] == EVERY_TASK]
-    print(pd.DataFrame({
-        "method": rows["method"].to_list(), "accuracy": column("accuracy", ".1%"),
-        "95 % interval": [f"{low} to {high}" for low, high in
-                          zip(column("accuracy_low", ".1%"), column("accuracy_high", ".1%"), strict=True)],
-        "right task": column("right_task", ".1%"), "within it": column("accuracy_given_right_task", ".1%"),
-        "told the task": column("accuracy_told_task", ".1%"),
-        "mean of seeds": column("accuracy_mean", ".1%"), "spread": column("accuracy_spread", ".1%"),
-        "p (Holm)": column("mcnemar_p_holm", ".3f"), "trained": column("trainable_parameters", ",.0f"),
-        "parameters": column("total_parameters", ",.0f"), "images/s": column("images_per_second", ",.0f"),
-    }).to_string(index=False))
+    print(as_text(table[table["task"] == EVERY_TASK], PRINTED))
     print(f"The comparison is in {results.folder / NAME}.csv and .png")

@@ -1,6 +1,7 @@
 """The plain backbone's pooled features at many depths, computed once and handed to every method that needs them."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,21 +75,19 @@ def backbone_features(body: nn.Module, train: ImageSet, validation: ImageSet, te
         pooled = logits_of(body, inputs)
         return [*seen, pooled]
 
-    hooks = [behind[number - 1].register_forward_hook(leave) if number else
-             behind[0].register_forward_pre_hook(enter, with_kwargs=True) for number in passed]
-    try:
+    with ExitStack() as hooks:
+        for number in passed:
+            hooks.enter_context(behind[number - 1].register_forward_hook(leave) if number else
+                                behind[0].register_forward_pre_hook(enter, with_kwargs=True))
         found = [collect(body, images, config, read)[0] for images in (train, validation)]
         values, seconds = collect(body, test, config, read, behind)
-    finally:
-        for hook in hooks:
-            hook.remove()
     depths = [*passed, HEAD_INPUT]
     until = [seconds[number] for number in passed] + seconds[-1:]
     return Features(*(dict(zip(depths, split, strict=True)) for split in (*found, values)),
                     dict(zip(depths, until, strict=True)), len(names))
 
 
-def shown(depths: tuple[Depth, ...]) -> str:
+def depth_text(depths: tuple[Depth, ...]) -> str:
     """Depths as text."""
     blocks = [str(depth) for depth in depths if depth != HEAD_INPUT]
     return f"behind block {', '.join(blocks)}" if blocks else HEAD_INPUT

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import models
 from common.cli.flags import MixtureConfig
 from common.comparison.answers import Space
-from common.comparison.features import Depth, Features, backbone_features, shown
+from common.comparison.features import Depth, Features, backbone_features, depth_text
 from common.comparison.linear import Linear, discriminants
 from common.comparison.timing import collect
 from common.data.tensors import ImageSet, TaskData, together
@@ -50,7 +50,7 @@ class ClassRouter:
         return self.classifier.parameters
 
     def __str__(self) -> str:
-        return f"{shown(self.depths)}, shrinkage {self.classifier.strength:g}"
+        return f"{depth_text(self.depths)}, shrinkage {self.classifier.strength:g}"
 
 
 def mixed_test(tasks: list[TaskData], seed: int) -> ImageSet:

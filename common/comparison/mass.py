@@ -1,5 +1,7 @@
 """MASS: the expert whose update reads most of what reaches a layer answers alone; nothing is fitted to choose it."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
@@ -40,14 +42,11 @@ def mass(inputs: Inputs) -> Scores:
         logits_of(inputs.body, images)
         return [*seen]
 
-    hooks = [part.register_forward_pre_hook(lambda _, given, space=space: look(space, given[0]))
-             for part, space in zip(parts, spaces, strict=True)]
-    try:
+    with ExitStack() as hooks:
+        for part, space in zip(parts, spaces, strict=True):
+            hooks.enter_context(part.register_forward_pre_hook(lambda _, given, space=space: look(space, given[0])))
         validation, _ = collect(inputs.body, inputs.validation, inputs.config, read)
         test, seconds = collect(inputs.body, inputs.test, inputs.config, read, parts)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return one_expert(inputs, [
         TaskRouter(known[:, number], asked[:, number], taken, 0, f"{name}, largest {kept} singular vectors")
         for name, known, asked, taken in zip(inputs.adapters, validation, test, seconds, strict=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -14,21 +13,17 @@ from common.mixture import build, fit_gates
 from common.training.evaluate import logits_of
 from ContextGatedMOE import ContextGatedMOE
 
-FORMS: dict[str, dict[str, Any]] = {MIXTURE: {}, f"{MIXTURE}, top 1": {"top_k": 1}}  # how a form sets the mixture's attributes
-
+TOP_1 = f"{MIXTURE}, top 1"
 ANEW = {f"{MIXTURE}, two passes": {"passes": 2}, f"{MIXTURE}, no adapters": {"quick": True}}  # settings it is fitted anew with
 
 
 def mixture(inputs: Inputs) -> Iterator[tuple[str, Scores]]:
-    """The finished mixture in all its forms, and others of the same images. No seed makes a difference to the gates."""
+    """The finished mixture, the same with one expert an image, and others of the same images. No seed changes the gates."""
     model = inputs.mixture
-    for name, attributes in FORMS.items():
-        before = {key: getattr(model, key) for key in attributes}
-        for key, value in attributes.items():
-            setattr(model, key, value)
-        yield name, answers(inputs, model)
-        for key, value in before.items():
-            setattr(model, key, value)
+    yield MIXTURE, answers(inputs, model)
+    usual, model.top_k = model.top_k, 1
+    yield TOP_1, answers(inputs, model)
+    model.top_k = usual
     for name, settings in ANEW.items():
         config = dataclasses.replace(inputs.config, **settings, compare=False)
         model = build(config, inputs.tasks)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.comparison.features import shown
+from common.comparison.features import depth_text
 from common.comparison.inputs import Inputs
 from common.comparison.linear import ridges
 from common.comparison.score import Scores
@@ -27,7 +27,7 @@ def ranpac(inputs: Inputs) -> Scores:
         found.append((depths, best, expand, best(seen)))
     depths, best, expand, _ = inputs.best(found, lambda entry: entry[3])
     return Scores(best(expand(features.together(depths)[2])), features.seconds[depths[-1]], best.parameters,
-                  inputs.backbone_parameters + best.parameters, f"{shown(depths)}, ridge {best.strength:g}")
+                  inputs.backbone_parameters + best.parameters, f"{depth_text(depths)}, ridge {best.strength:g}")
 
 
 def random_features(train: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:

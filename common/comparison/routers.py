@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.covariance import shrunk_covariance
 
 from common.comparison.answers import fitted_mix
-from common.comparison.features import EARLY, HEAD_INPUT, shown
+from common.comparison.features import EARLY, HEAD_INPUT, depth_text
 from common.comparison.inputs import Inputs
 from common.comparison.linear import SHRINKAGES, ridges
 from common.comparison.ranpac import random_features
@@ -35,7 +35,7 @@ def ridge_router(inputs: Inputs) -> Scores:
         expand = random_features(features.train[depth], inputs.config.seed)
         train, validation, test = map(expand, features.together((depth,)))
         found += [TaskRouter(linear(validation), linear(test), features.seconds[depth], linear.parameters,
-                             f"{shown((depth,))}, ridge {linear.strength:g}")
+                             f"{depth_text((depth,))}, ridge {linear.strength:g}")
                   for linear in ridges(train, targets, inputs.train_answers.weights)]
     return one_expert(inputs, found)
 

@@ -1,7 +1,7 @@
 """Answers of many methods to the same test images, scored side by side."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -29,27 +29,21 @@ class Scores:
     choice: str = ""
 
 
-@dataclass
-class Row:
-    """A method's group and what it answers, once for each seed."""
-
-    group: str
-    runs: list[Scores] = field(default_factory=list)
-
-
 class Comparison:
     """Collects what methods say of the same test images. An answer is one of all tasks' classes, the largest score."""
 
     def __init__(self, tasks: list[TaskData], answers: Answers):
         self.titles = [data.task.title for data in tasks]
         self.answers = answers
-        self.methods: dict[str, Row] = {}
+        self.groups: dict[str, str] = {}  # of each method
+        self.runs: dict[str, list[Scores]] = {}  # of each method, one for each seed
 
     def put(self, name: str, group: str, scores: Scores) -> None:
         """Take over what a method answers, one more seed of it if there are some already."""
-        method = self.methods.setdefault(name, Row(group))
-        method.runs.append(scores)
-        if len(method.runs) == 1:
+        self.groups[name] = group
+        runs = self.runs.setdefault(name, [])
+        runs.append(scores)
+        if len(runs) == 1:
             choice = f" ({scores.choice})" if scores.choice else ""
             print(f"{name}: {self._mean(self.answers.right(scores.values)):.1%}{choice}", flush=True)
 
@@ -63,18 +57,18 @@ class Comparison:
         deviation) are over seeds. images_per_second is that of the median batch but the first.
         """
         rows = []
-        for name, method in self.methods.items():
-            first = method.runs[0]
-            told, task = self.answers.right_told(first.values), self.answers.right_task(first.values)
+        for name, runs in self.runs.items():
+            first = runs[0]
+            right_told, task = self.answers.right_told(first.values), self.answers.right_task(first.values)
             for title, images in zip([*self.titles, EVERY_TASK], self._images(), strict=True):
                 accuracy, *interval = self._interval(self.answers.right(first.values), images)
-                by_seed = [self._mean(self.answers.right(run.values), images) for run in method.runs]
+                by_seed = [self._mean(self.answers.right(run.values), images) for run in runs]
                 right_task = self._mean(task, images)
                 rows.append({
-                    "group": method.group, "method": name, "task": title, "accuracy": accuracy,
+                    "group": self.groups[name], "method": name, "task": title, "accuracy": accuracy,
                     "accuracy_low": interval[0], "accuracy_high": interval[1], "right_task": right_task,
                     "accuracy_given_right_task": accuracy / right_task if right_task else math.nan,
-                    "accuracy_told_task": self._mean(told, images),
+                    "accuracy_told_task": self._mean(right_told, images),
                     "seeds": len(by_seed), "accuracy_mean": float(np.mean(by_seed)),
                     "accuracy_spread": float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else math.nan,
                     "mcnemar_p": math.nan if name == MIXTURE else self._mcnemar(first.values, images),
@@ -104,7 +98,7 @@ class Comparison:
 
     def _mcnemar(self, scores: np.ndarray, images: np.ndarray) -> float:
         """Are the images that only one of the two gets right split evenly?"""
-        ours, theirs = (self.answers.right(run)[images] for run in (self.methods[MIXTURE].runs[0].values, scores))
+        ours, theirs = (self.answers.right(run)[images] for run in (self.runs[MIXTURE][0].values, scores))
         only_ours, only_theirs = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
         return binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.0
 

@@ -99,10 +99,10 @@ def read_adapter(name: str, source: str, flag: str = "--expert") -> Adapter:
     where, hub = source, {}
     if on_hub and not Path(source).exists():
         where, hub = on_hub[1], {key: on_hub[i] for key, i in (("revision", 2), ("subfolder", 3)) if on_hub[i]}
-    with _told(place, "; check the name and the network, or give a folder with adapter_config.json and "
+    with _as_user_error(place, "; check the name and the network, or give a folder with adapter_config.json and "
                       "adapter_model.safetensors"):
         config, tensors = read_finished(name, where, **hub)
-    with _told(place):
+    with _as_user_error(place):
         check_options(name, config)
     return Adapter(place, config, tensors, stated_classes(name, config, where, **hub), where, hub)
 
@@ -115,11 +115,11 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     layers than linear ones of this, or no head for the task's classes.
     """
     model = load_backbone(config.model, data.classes, config.seed)
-    with _told(adapter.place, " (--model)"):
+    with _as_user_error(adapter.place, " (--model)"):
         settings, tensors = in_todays_names(data.task.key, LayerNames(model), adapter.config, adapter.tensors)
         if note := check_base(data.task.key, settings, tensors, model):
-            _say(note)
-    with _told(adapter.place):
+            _print_once(note)
+    with _as_user_error(adapter.place):
         for key in tensors:
             refuse_positions(data.task.key, key.removeprefix(PREFIX).partition(".lora_")[0])
     check_processor(adapter.place, adapter.where, adapter.hub, config.model)
@@ -141,7 +141,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
                         f"modules_to_save=['{HEAD}'] on the task's classes")
     order = stated_order(adapter.stated, data.classes)
     if order is not None and order != sorted(order):
-        _say(f"{adapter.place} has the classes in the order {', '.join(adapter.stated)}; its head is put into that of the task")
+        _print_once(f"{adapter.place} has the classes in the order {', '.join(adapter.stated)}; its head is put into that of the task")
     alphas = {layer: settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, layer), settings.lora_alpha)
               for layer in ranks}
     adopted = get_peft_model(model, LoraConfig(
@@ -163,15 +163,15 @@ def _test_order(config: TrainingFlags, data: TaskData, place: str, adopted: Peft
     """Look at validation images whether the head of an adapter that does not name its classes has them in another order."""
     predicted, labels = evaluate(adopted, data.validation, config)[0].argmax(1), data.validation.labels.numpy()
     order = tested_order(predicted, labels, data.classes)
-    said = (f"{place} does not name its classes; as it is, it is right on {(predicted == labels).mean():.0%} of the "
+    as_it_is = (f"{place} does not name its classes; as it is, it is right on {(predicted == labels).mean():.0%} of the "
             "validation images")
     if order is not None:
         names = [data.classes[order.index(output)] for output in range(len(order))]
         set_peft_model_state_dict(adopted, _with_head(tensors, order))
-        _say(f"{said}, and on {(np.argsort(order)[predicted] == labels).mean():.0%} with the classes in the order "
+        _print_once(f"{as_it_is}, and on {(np.argsort(order)[predicted] == labels).mean():.0%} with the classes in the order "
              f"{', '.join(names)}, which is taken")
     elif is_chance(predicted, labels):
-        _say(f"{said}, hardly more than by chance: make sure that it is of these classes, in the order "
+        _print_once(f"{as_it_is}, hardly more than by chance: make sure that it is of these classes, in the order "
              f"{', '.join(data.classes)}")
 
 
@@ -182,7 +182,7 @@ def _with_head(tensors: dict[str, Tensor], order: list[int] | None) -> dict[str,
 
 
 @contextmanager
-def _told(place: str, fix: str = "") -> Iterator[None]:
+def _as_user_error(place: str, fix: str = "") -> Iterator[None]:
     """Raise UserError for a MixtureError, with the adapter's place before it and `fix` after it."""
     try:
         yield
@@ -190,6 +190,6 @@ def _told(place: str, fix: str = "") -> Iterator[None]:
         raise UserError(f"{place}: {error}{fix}") from error
 
 
-def _say(text: str) -> None:
-    if distributed.rank() == 0:
-        print(text)
+@distributed.on_main
+def _print_once(text: str) -> None:
+    print(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
+import torch
 
 from common import models
 from common.cli.flags import RunFlags
@@ -17,7 +20,6 @@ from common.errors import UserError
 from common.files import locked, read_json, remove, sweep, write_csv, write_json, writing
 from common.provenance import differences, versions
 from common.results import plotting
-from common.results.memory import PeakMemory
 from common.results.metrics import (
     JointPredictions,
     confusion,
@@ -29,7 +31,7 @@ from common.results.metrics import (
 )
 from common.results.report import PAGE, write_report
 from common.results.reuse import DATA, completed, difference, joined, recipes, without
-from common.results.summary import SUMMARY_FILE, as_text, read_summary, update_summary
+from common.results.summary import SUMMARY_FILE, read_summary, summary_text, update_summary
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.loop import Fit
@@ -62,7 +64,6 @@ class Results:
         self._packages: dict[str, str] = {}  # those that finished results were made with
         self._written = False  # anything that the page shows
         self._held = ExitStack()
-        self._memory = PeakMemory()
 
     def __enter__(self) -> "Results":
         return self
@@ -72,6 +73,8 @@ class Results:
             remove(self.folder / CHECKPOINTS)
             if self._tasks and (self._written or not (self.top / PAGE).exists()):
                 write_report(self.top, self._tasks, self.config.demo)
+            if (self.top / PAGE).exists():
+                print(f"All results so far on one page: {self.top / PAGE}")
         self._held.close()
 
     def missing(self, tasks: list[TaskData], **starts: dict[str, str | None]) -> list[TaskData]:
@@ -82,10 +85,10 @@ class Results:
         in the folder, or, naming the difference, if it holds finished results of other settings, images, backbone or models
         and `--overwrite` was not given.
         """
-        there = self._finished_tasks(tasks, starts, one_model=False)
-        missing = [data for data in tasks if not distributed.any_of(data.task.key in there)]
-        if there and missing:
-            print(f"{self.name} of {', '.join(sorted(there))} is finished already and stays")
+        done = self._finished_tasks(tasks, starts, one_model=False)
+        missing = [data for data in tasks if not distributed.any_of(data.task.key in done)]
+        if done and missing:
+            print(f"{self.name} of {', '.join(sorted(done))} is finished already and stays")
         self._show_finished(not missing)
         return missing
 
@@ -94,14 +97,13 @@ class Results:
 
         If they are of fewer tasks only, they are to be made anew. All else is as in `missing`.
         """
-        there = self._finished_tasks(tasks, starts, one_model=True)
-        finished = distributed.any_of(bool(there) and there >= {data.task.key for data in tasks})
+        done = self._finished_tasks(tasks, starts, one_model=True)
+        finished = distributed.any_of(bool(done) and done >= {data.task.key for data in tasks})
         self._show_finished(finished)
         return finished
 
     def _finished_tasks(self, tasks: list[TaskData], starts: dict[str, dict[str, str | None]], one_model: bool) -> set[str]:
         """Keys of the tasks whose results are there; in the main process, the others have an empty set."""
-        self._memory.restart()
         starts = recipes(self.config, tasks) | starts
         self._tasks, self._kinds = tasks, [DATA, *starts]
         self.made_from = self._record = self._made_from(tasks, starts)
@@ -122,20 +124,20 @@ class Results:
                 remove(self.folder / CHECKPOINTS)
             return set()
         fix = "add --overwrite to make them anew, or choose another --root"
-        there = completed(read_json(path, fix), self._kinds, str(path), fix)
-        others = without(there, self._kinds, anew or set())
+        recorded = completed(read_json(path, fix), self._kinds, str(path), fix)
+        others = without(recorded, self._kinds, anew or set())
         if self.config.overwrite:
-            there, fix = others, "leave --expert out to make all anew, or give the settings that they were made with"
+            recorded, fix = others, "leave --expert out to make all anew, or give the settings that they were made with"
         elif anew and not difference(others, self.made_from, self._kinds, one_model):
             fix = f"add --overwrite to make those of {', '.join(sorted(anew))} anew, or choose another --root"
-        if there[DATA] and (found := difference(there, self.made_from, self._kinds, one_model)):
+        if recorded[DATA] and (found := difference(recorded, self.made_from, self._kinds, one_model)):
             raise UserError(f"{self.folder} holds finished results with {found}; {fix}")
         if self.config.overwrite:
-            write_json(path, there)  # what is made anew is not finished until it is
-        self._packages = there["packages"]
+            write_json(path, recorded)  # what is made anew is not finished until it is
+        self._packages = recorded["packages"]
         if not one_model:
-            self._record = joined(there, self.made_from, self._kinds)
-        finished = there[DATA].keys() & self.made_from[DATA].keys()
+            self._record = joined(recorded, self.made_from, self._kinds)
+        finished = recorded[DATA].keys() & self.made_from[DATA].keys()
         self._rows({data.task.title for data in self._tasks if data.task.key in finished})
         return finished
 
@@ -191,7 +193,7 @@ class Results:
         row = self.row(data, table, fitted, trainable)
         for ending in HISTORY if fitted is None else ():  # of a model that was trained, which this one replaces
             remove(self.folder / f"{name}_{ending}")
-        self._draw_confusion(name, f"{title}, {plotting.shown(data.task.name)}", *confusion(table, data.classes), data.classes,
+        self._draw_confusion(name, f"{title}, {plotting.short(data.task.name)}", *confusion(table, data.classes), data.classes,
                              row["accuracy"])
         return row
 
@@ -204,13 +206,13 @@ class Results:
         and speed, which are of one training for all, are in the first.
         """
         tables, rows = {}, []
-        for data, said in zip(tasks, predictions, strict=True):
+        for data, found in zip(tasks, predictions, strict=True):
             key = data.task.key
-            tables[key] = joint_table(said, data)
+            tables[key] = joint_table(found, data)
             write_csv(self.folder / f"{name}_{data.task.title}.csv", tables[key], float_format="%.6g")
             rows.append(self.row(data, tables[key], fitted, trainable, joint=True))
             counts, columns = confusion(tables[key], data.classes, key)
-            self._draw_confusion(f"{name}_{data.task.title}", f"{title}, {plotting.shown(data.task.name)}", counts, columns,
+            self._draw_confusion(f"{name}_{data.task.title}", f"{title}, {plotting.short(data.task.name)}", counts, columns,
                                  data.classes, rows[-1]["accuracy"])
             fitted = None
         labels = predictions[0].labels
@@ -246,18 +248,16 @@ class Results:
             joint: bool = False) -> dict[str, Any]:
         """One line of the summary from a table of predictions; time and speed are those of training.
 
-        joint: the table is one of `joint_table`; other methods have nothing in the columns for these. Peak memory is that
-        of the main process since the row before or, for the first, since the script looked for finished results.
+        joint: the table is one of `joint_table`; other methods have nothing in the columns for these. Peak memory is that of the
+        main process so far.
         """
-        peak = self._memory.mib()
-        self._memory.restart()
         key = data.task.key
         return {
             "method": self.name, "task": data.task.title, **scores(table, key if joint else None),
             **(told_scores(table, key, data.classes) if joint else {"accuracy_told_task": None, "right_task": None}),
             "near_duplicates_in_test": data.near_duplicates_in_test, "trainable_parameters": trainable,
             "seconds": fitted.seconds if fitted else None,
-            "images_per_second": fitted.images / fitted.seconds if fitted and fitted.images else None, "peak_memory_mib": peak,
+            "images_per_second": fitted.images / fitted.seconds if fitted and fitted.images else None, "peak_memory_mib": _peak_memory(),
         }
 
     @distributed.on_main
@@ -286,7 +286,7 @@ class Results:
         self._print()
 
     def _print(self) -> None:
-        print(as_text(self._rows({data.task.title for data in self._tasks})))
+        print(summary_text(self._rows({data.task.title for data in self._tasks})))
         print(f"Results are in {self.folder}")
 
     def _rows(self, titles: set[str]) -> pd.DataFrame:
@@ -297,3 +297,14 @@ class Results:
         if set(rows["task"]) != titles:
             raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
         return rows
+
+
+def _peak_memory() -> float:
+    """The most memory that this process has held, in MiB: a GPU's if one is used, else its own."""
+    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

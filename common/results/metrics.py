@@ -85,8 +85,8 @@ def told_scores(table: pd.DataFrame, task: str, classes: list[str]) -> dict[str,
     The first takes the best of the task's own `classes`, whether the image was refused or not.
     """
     own = table[[probability_column(task, name) for name in classes]].to_numpy()
-    told = np.array(classes, dtype=object)[own.argmax(1)]
-    return {"accuracy_told_task": float((told == table["Actual Class"]).mean()),
+    best = np.array(classes, dtype=object)[own.argmax(1)]
+    return {"accuracy_told_task": float((best == table["Actual Class"]).mean()),
             "right_task": float((table["Predicted Task"] == task).mean())}
 
 

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.files import remove, writing
 from common.training.distributed import on_main
 
-MANY = 40  # from more classes than this on, a matrix has no numbers and fewer labels
+FEW, MANY = 12, 64  # classes: a matrix of more than FEW leaves zeros out, one of more than MANY all numbers and some labels
 LONGEST = 28  # characters of a name in a picture
 # Names are text, never markup, and a picture does not depend on the settings of who makes it.
 STYLE = {"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]}
@@ -63,11 +63,11 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _write(figure: Figure, path: Path) -> set[str]:
     """Write the figure and return the characters that no font of it has."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # No date or version inside: the same results give the same file.
         figure.savefig(path, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    return {chr(int(found[1])) for warning in told if (found := re.match(r"Glyph (\d+) ", str(warning.message)))}
+    return {chr(int(found[1])) for warning in caught if (found := re.match(r"Glyph (\d+) ", str(warning.message)))}
 
 
 def _fonts_with(characters: set[str]) -> list[str]:
@@ -82,7 +82,7 @@ def _fonts_with(characters: set[str]) -> list[str]:
     return names
 
 
-def shown(name: str, longest: int = LONGEST) -> str:
+def short(name: str, longest: int = LONGEST) -> str:
     """A name on one line, its middle left out if it is longer than `longest` characters."""
     text = " ".join("".join(character if character.isprintable() else " " for character in name).split())
     return text if len(text) <= longest else f"{text[: longest // 2]}…{text[len(text) + 1 - (longest + 1) // 2 :]}"
@@ -93,18 +93,19 @@ def confusion_matrix(counts: np.ndarray, rows: Sequence[str], columns: Sequence[
                      borders: Sequence[int] = ()) -> Figure:
     """Draw counts (R, K), actual classes as rows. borders: the rows and columns that a new task begins with."""
     most = max(counts.shape)
-    cell = min(1.0, 12 / most)  # inches
+    cell = min(1.0, 12 / most) if most > MANY else max(min(1.0, 12 / most), 0.3)  # inches
     figure = Figure(figsize=(1 + cell * len(columns), 1 + cell * len(rows)))
     axes = figure.subplots()
     image = axes.imshow(counts, cmap="Blues", vmin=0, interpolation="nearest")
-    step, size = math.ceil(most / MANY), min(10, 24 * cell)
-    axes.set_xticks(range(0, len(columns), step), [shown(name) for name in columns[::step]],
-                    rotation=30 if most <= 12 else 90, ha="right" if most <= 12 else "center", fontsize=max(size, 6))
-    axes.set_yticks(range(0, len(rows), step), [shown(name) for name in rows[::step]], fontsize=max(size, 6))
+    step, size = math.ceil(most / MANY), max(min(10, 24 * cell), 6)
+    axes.set_xticks(range(0, len(columns), step), [short(name) for name in columns[::step]],
+                    rotation=30 if most <= FEW else 90, ha="right" if most <= FEW else "center", fontsize=size)
+    axes.set_yticks(range(0, len(rows), step), [short(name) for name in rows[::step]], fontsize=size)
     if most <= MANY:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if count > counts.max() / 2 else "black" if count else "darkgrey"
-            axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=size)
+            if count or most <= FEW:
+                axes.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=size)
     else:
         figure.colorbar(image, ax=axes, label="images", fraction=0.04, pad=0.02)
     for border in borders:
@@ -159,10 +160,10 @@ def routing(table: pd.DataFrame, title: str) -> Figure:
     for panel, task in zip(panels, tasks, strict=False):
         rows = table[table["Task"] == task]
         image = panel.imshow(rows[experts], vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-        panel.set_title(f"images of\n{shown(task, 22)}", fontsize=9)
-        panel.set_xticks(range(len(experts)), [shown(name, 16) for name in experts], fontsize=8,
+        panel.set_title(f"images of\n{short(task, 22)}", fontsize=9)
+        panel.set_xticks(range(len(experts)), [short(name, 16) for name in experts], fontsize=8,
                          rotation=0 if len(experts) <= 2 else 90)
-        panel.set_yticks(range(0, len(layers), step), [shown(name) for name in layers[::step]], fontsize=7)
+        panel.set_yticks(range(0, len(layers), step), [short(name) for name in layers[::step]], fontsize=7)
     figure.colorbar(image, ax=figure.axes, label="mean gate weight", aspect=30)
     figure.supxlabel("expert", fontsize=9)
     figure.suptitle(title, fontsize=11)
@@ -196,14 +197,10 @@ def comparison(table: pd.DataFrame, title: str) -> Figure:
               color="black", label="accuracy = right task x accuracy where it is right, 95 % interval")
     best, oracle = (overall[overall["group"] == group]["accuracy_mean"].iloc[0] for group in (groups[0], groups[-1]))
     axes.axvline(best, color="C3", linewidth=1, zorder=0, label=f"{overall.index[0]}, not told the task")
-    told_task = overall[overall["group"] == groups[-1]].index[0]
-    axes.axvline(oracle, color="C2", linewidth=1, linestyle="--", zorder=0, label=told_task)
-    axes.axhspan(lines[overall.index[0]] - 0.5, lines[overall.index[0]] + 0.5, color="C3", alpha=0.12, linewidth=0, zorder=0)
-    axes.set_yticks(range(len(rows)), [shown(name, 48) for name in ticks], fontsize=8)
+    axes.axvline(oracle, color="C2", linewidth=1, linestyle="--", zorder=0, label=groups[-1])
+    axes.set_yticks(range(len(rows)), [short(name, 48) for name in ticks], fontsize=8)
     for label, method in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if method is None else "normal")
-    for line in (line for line, method in enumerate(rows) if method is None):
-        axes.axhspan(line - 0.5, line + 0.5, color="grey", alpha=0.1, linewidth=0, zorder=0)
     seeds = table["seeds"].max()
     means = f"; means over {seeds:.0f} seeds, intervals of the first" if seeds > 1 else ""
     axes.set(xlabel=f"share of test images{means}", xlim=(max(0, own["accuracy_low"].min() - 0.05), 1.01),

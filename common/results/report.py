@@ -58,10 +58,14 @@ def _page(top: Path, tasks: list[TaskData], demo: bool) -> str:
     return environment.get_template(TEMPLATE).render(
         demo=demo, tasks=[_task(data) for data in tasks],
         scores=[{"name": data.task.name, "rows": _scores(summary, data, methods)} for data in tasks],
-        matrices=[{"name": data.task.name, "pictures": _matrices(top, data, methods)} for data in tasks],
+        matrices=[{"name": data.task.name, "pictures": _pictures(
+            (top / name / f"{prefix}_{data.task.title}_Confusion_Matrix.png", what, f"confusion matrix on {data.task.name}")
+            for name, (what, prefix) in methods.items())} for data in tasks],
         joint=_pictures((top / name / f"{MIXTURE}_Confusion_Matrix.png", f"{methods[name][0]}, all tasks",
                          "confusion matrix over the classes of all tasks") for name in mixtures),
-        curves=_curves(top, tasks, methods), comparison=_comparison(top), routing=_routing(top, tasks, methods),
+        curves=_curves(top, tasks, methods), comparison=_comparison(top),
+        routing=_pictures((top / name / f"{MIXTURE}_Routing.png", f"{methods[name][0]}, routing", "mean gate weight of every "
+                           "expert by layer, one panel for the images of each task") for name in methods),
         images=[{"name": data.task.name, "groups": _images(top, mixtures[0], data, len(tasks))} for data in tasks]
         if mixtures else [],
         settings=[{"name": methods[name][0], "values": _settings(top / name / "config.json")} for name in methods],
@@ -96,11 +100,6 @@ def _embedded(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _matrices(top: Path, data: TaskData, methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    return _pictures((top / name / f"{prefix}_{data.task.title}_Confusion_Matrix.png", what,
-                      f"confusion matrix on {data.task.name}") for name, (what, prefix) in methods.items())
-
-
 def _curves(top: Path, tasks: list[TaskData], methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """One entry for each task and one for all of them together, with the losses and accuracies of every training."""
     def drawn(task: str, stems: list[tuple[Path, str]]) -> list[dict[str, Any]]:
@@ -127,23 +126,6 @@ def _comparison(top: Path) -> dict[str, Any] | None:
         (path.with_suffix(".png"), "One model for all tasks", "accuracy of every method by task, as in the table below")])}
 
 
-def _routing(top: Path, tasks: list[TaskData], methods: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Of every mixture: the picture, and the mean weight of the own task's expert in each layer."""
-    entries = []
-    for name in methods:
-        path = top / name / f"{MIXTURE}_Routing.csv"
-        if path.exists():
-            table = read_csv(path, ("Task", "Layer"))
-            own = {data.task.name: table[table["Task"] == data.task.name].set_index("Layer")[data.task.key] for data in tasks
-                   if data.task.key in table}
-            layers = list(dict.fromkeys(table["Layer"]))
-            pictures = _pictures([(path.with_suffix(".png"), f"{methods[name][0]}, routing", "mean gate weight of every expert "
-                                   "by layer, one panel for the images of each task")])
-            rows = [{"layer": layer, "weights": [weights[layer] for weights in own.values()]} for layer in layers]
-            entries.append({"tasks": list(own), "pictures": pictures, "rows": rows})
-    return entries
-
-
 def _images(top: Path, mixture: str, data: TaskData, tasks: int) -> list[dict[str, Any]]:
     """Test images of one task that the mixture got wrong, the surest answers first, and those it was least sure of."""
     path, key = top / mixture / f"{MIXTURE}_{data.task.title}.csv", data.task.key
@@ -168,9 +150,9 @@ def _image(image: Image.Image, row: pd.Series) -> dict[str, Any]:
     small.thumbnail((SIDE, SIDE))
     content = BytesIO()
     small.save(content, "JPEG", quality=80)
-    said = NONE if row["Predicted Task"] == NONE else f"{row['Predicted Task']}: {row['Predicted Class']}"
+    prediction = NONE if row["Predicted Task"] == NONE else f"{row['Predicted Task']}: {row['Predicted Class']}"
     return {"source": _embedded(content.getvalue(), "jpeg"), "width": small.width, "height": small.height,
-            "number": row["Image"], "actual": row["Actual Class"], "said": said, "sure": row["Sure"]}
+            "number": row["Image"], "actual": row["Actual Class"], "prediction": prediction, "sure": row["Sure"]}
 
 
 def _settings(path: Path) -> dict[str, Any]:

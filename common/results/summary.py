@@ -1,7 +1,5 @@
-"""Results/summary.csv: written by every script, read back also after a spreadsheet has saved it."""
+"""Results/summary.csv: a row for each method and task, written by every script and read back by the next one."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +10,29 @@ from common.files import write_csv
 
 SUMMARY_FILE = "summary.csv"
 TEXTS = ["method", "task"]
-SHARES = ["accuracy", "accuracy_low", "accuracy_high", "macro_f1", "accuracy_told_task", "right_task"]  # between 0 and 1
 COUNTS = ["near_duplicates_in_test", "trainable_parameters"]
-NUMBERS = [*SHARES, *COUNTS, "seconds", "images_per_second", "peak_memory_mib"]
+NUMBERS = ["accuracy", "accuracy_low", "accuracy_high", "macro_f1", "accuracy_told_task", "right_task", *COUNTS, "seconds",
+           "images_per_second", "peak_memory_mib"]
 TYPES = dict.fromkeys(NUMBERS, float) | dict.fromkeys(COUNTS, int)
-MAY_BE_EMPTY = {"accuracy_told_task", "right_task", "seconds", "images_per_second", "peak_memory_mib"}
+# Title of a column as people read it -> column and format.
+SHOWN = {
+    "method": ("method", ""), "task": ("task", ""), "accuracy": ("accuracy", ".1%"),
+    "told the task": ("accuracy_told_task", ".1%"), "right task": ("right_task", ".1%"), "macro F1": ("macro_f1", ".3f"),
+    "trained parameters": ("trainable_parameters", ",.0f"), "seconds": ("seconds", ".1f"),
+    "images/s": ("images_per_second", ".0f"), "peak MiB": ("peak_memory_mib", ".0f"),
+}
 
 
 def read_summary(path: Path) -> pd.DataFrame:
-    """The summary with its numbers as numbers, however a spreadsheet has separated, quoted or encoded it.
-
-    Columns that somebody has added stay as texts; empty rows and columns are dropped. Raises UserError, naming the place,
-    if a column is missing, a number is none, or the file is no table.
-    """
+    """The summary; columns that somebody has added stay as they are. Raises UserError if it is not a table of these columns."""
     fix = f"fix it, or delete {path} and run the scripts again with --overwrite"
     try:
-        content = path.read_bytes()
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        header = text.lstrip().partition("\n")[0]
-        separator = max(",;\t", key=header.count)
-        reader = csv.reader(io.StringIO(text, newline=None), delimiter=separator, strict=True)
-        rows = [(reader.line_num, cells) for row in reader if any(cells := [cell.strip() for cell in row])]
-    except (OSError, UnicodeError, csv.Error) as error:
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=dict.fromkeys(NUMBERS, [""]))
+        if missing := [name for name in (*TEXTS, *NUMBERS) if name not in table]:
+            raise UserError(f"{path} has no column {missing[0]}; {fix}")
+        return table.astype(TYPES)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a table ({error}); {fix}") from error
-    names = rows[0][1] if rows else []
-    for name in [*TEXTS, *NUMBERS]:
-        if names.count(name) != 1:
-            raise UserError(f"{path} has {'no' if name not in names else 'more than one'} column {name}; {fix}")
-    records = []
-    for number, row in rows[1:]:
-        if len(row) > len(names) and any(row[len(names):]):
-            raise UserError(f"{path}, line {number}: more cells than columns; {fix}")
-        record: dict[str, Any] = dict(zip(names, [*row, *[""] * len(names)], strict=False))
-        for name in TEXTS:
-            if not record[name]:
-                raise UserError(f"{path}, line {number}: {name} is empty; {fix}")
-        for name in NUMBERS:
-            record[name] = _number(name, record[name], separator, f"{path}, line {number}", fix)
-        records.append(record)
-    table = pd.DataFrame(records, columns=[name for name in names if name])
-    return table.astype(TYPES)
-
-
-def _number(name: str, cell: str, separator: str, where: str, fix: str) -> float:
-    """The number in a cell, in percent too and, where commas do not separate cells, with a decimal comma."""
-    if not cell and name in MAY_BE_EMPTY:
-        return float("nan")
-    try:
-        digits = cell.removesuffix("%").strip()
-        digits = digits if separator == "," else digits.replace(",", ".")
-        number = float(digits) / (100 if cell.endswith("%") else 1)
-    except ValueError:
-        number = -1.0
-    if not (0 <= number <= (1 if name in SHARES else float(2**63 - 1))) or name in COUNTS and number % 1:
-        kind = "a share between 0 and 1" if name in SHARES else "a whole number" if name in COUNTS else "a number"
-        raise UserError(f"{where}: {name} is {cell or 'empty'}, not {kind}; {fix}")
-    return number
 
 
 def update_summary(path: Path, method: str, rows: list[dict[str, Any]]) -> None:
@@ -80,23 +45,25 @@ def update_summary(path: Path, method: str, rows: list[dict[str, Any]]) -> None:
     write_csv(path, table)
 
 
-def as_text(table: pd.DataFrame) -> str:
-    """The summary as people read it: percentages with their interval."""
-    def column(name: str, form: str) -> list[str]:
-        return ["" if pd.isna(value) else f"{value:{form}}" for value in table[name]]
+def as_text(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> str:
+    """A table as people read it, without empty columns; behind the accuracy comes its interval.
 
-    columns = {
-        "method": table["method"], "task": table["task"], "accuracy": column("accuracy", ".1%"),
-        "95 % interval": [f"{low} to {high}" for low, high in
-                          zip(column("accuracy_low", ".1%"), column("accuracy_high", ".1%"), strict=True)],
-        "told the task": column("accuracy_told_task", ".1%"), "right task": column("right_task", ".1%"),
-        "macro F1": column("macro_f1", ".3f"), "trained parameters": column("trainable_parameters", ",.0f"),
-        "seconds": column("seconds", ".1f"), "images/s": column("images_per_second", ".0f"),
-        "peak MiB": column("peak_memory_mib", ".0f"),
-    }
-    return pd.DataFrame({name: values for name, values in columns.items() if any(values)}).to_string(index=False)
+    columns: title -> column of the table and format of its values.
+    """
+    shown = {}
+    for title, (name, form) in columns.items():
+        shown[title] = ["" if pd.isna(value) else f"{value:{form}}" for value in table[name]]
+        if name == "accuracy":
+            bounds = zip(table["accuracy_low"], table["accuracy_high"], strict=True)
+            shown["95 % interval"] = [f"{low:.1%} to {high:.1%}" for low, high in bounds]
+    return pd.DataFrame({title: values for title, values in shown.items() if any(values)}).to_string(index=False)
+
+
+def summary_text(table: pd.DataFrame) -> str:
+    """Rows of the summary as people read them."""
+    return as_text(table, SHOWN)
 
 
 def print_summary(root: str) -> None:
     """Print the summary of all scripts."""
-    print(as_text(read_summary(Path(root) / "Results" / SUMMARY_FILE)))
+    print(summary_text(read_summary(Path(root) / "Results" / SUMMARY_FILE)))

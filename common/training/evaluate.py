@@ -37,12 +37,11 @@ def autocast(config: HardwareFlags, device: torch.device) -> AbstractContextMana
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags, objective: Objective = CROSS_ENTROPY,
-             after_batch: Callable[[], None] | None = None, between: Callable[[], None] | None = None,
-             ) -> tuple[np.ndarray, float]:
+             between: Callable[[], None] | None = None) -> tuple[np.ndarray, float]:
     """Class probabilities (N, C) in order, and the weighted mean loss, in evaluation mode and fp32.
 
-    after_batch: called after each forward pass, to look at what the model recorded. between: called equally often in all
-    processes, which have a share of the rows each (`distributed.share`) and all return the whole.
+    between: called equally often in all processes, which have a share of the rows each (`distributed.share`) and all return
+    the whole.
     """
     device = device_of(config)
     model.to(device).eval()
@@ -55,8 +54,6 @@ def evaluate(model: nn.Module, data: ImageSet, config: HardwareFlags, objective:
             kept, counted = rows[:counted], max(counted - len(rows), 0)
             total += (objective.losses(logits[: len(kept)], labels[kept]) * weights[kept]).sum()
             probabilities.append(logits.softmax(1))
-            if after_batch is not None:
-                after_batch()
         if between is not None:
             between()
     (total,) = distributed.all_reduce([total])

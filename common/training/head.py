@@ -41,8 +41,9 @@ def fit_head(head: nn.Linear, train: ImageSet, validation: ImageSet, config: Tra
         row: dict[str, float] = {"epoch": epoch}
         with torch.no_grad():
             logits = {split: F.linear(values, weight, bias) for split, values in features.items()}
-            row |= {f"{split}_loss": F.cross_entropy(said, labels[split]).item() for split, said in logits.items()}
-            row |= {f"{split}_accuracy": (said.argmax(1) == labels[split]).float().mean().item() for split, said in logits.items()}
+            row |= {f"{split}_loss": F.cross_entropy(outputs, labels[split]).item() for split, outputs in logits.items()}
+            row |= {f"{split}_accuracy": (outputs.argmax(1) == labels[split]).float().mean().item()
+                    for split, outputs in logits.items()}
             if row["validation_loss"] < lowest:
                 lowest = row["validation_loss"]
                 head.to(device).weight.copy_(weight / scale)

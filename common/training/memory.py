@@ -20,11 +20,7 @@ def in_batches(rows: Tensor, at_once: int, compute: Callable[[Tensor], Result]) 
         try:
             result = compute(batch)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if len(batch) == 1:
-                raise UserError("out of memory for a single image; choose a smaller --model or another --device",
-                                own=True) from error
+            _check_smaller(error, len(batch))
         if result is None:  # outside of the except block, where the error would keep the activations alive
             clear_device_cache()
             at_once = math.ceil(len(batch) / 2)
@@ -40,10 +36,14 @@ def with_smaller_batches(size: int, compute: Callable[[int], Result]) -> Result:
         try:
             return compute(size)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if size == 1:
-                raise UserError("out of memory for a single image; choose a smaller --model or another --device",
-                                own=True) from error
+            _check_smaller(error, size)
         clear_device_cache()  # outside of the except block, where the error would keep the activations alive
         size //= 2
+
+
+def _check_smaller(error: RuntimeError, size: int) -> None:
+    """Raise what ended the computation of a batch of this size, unless a smaller batch may fit."""
+    if not should_reduce_batch_size(error):
+        raise error
+    if size == 1:
+        raise UserError("out of memory for a single image; choose a smaller --model or another --device", own=True) from error

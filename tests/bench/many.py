@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import BeitForImageClassification
 
 from common.errors import UserError
-from common.results.memory import PeakMemory
 from ContextGatedMOE import ContextGatedMOE
 from ContextGatedMOE.experts import solve
 from ContextGatedMOE.statistics import Statistics
 from tests.bench.data import apart
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
+from tests.bench.peak_memory import PeakMemory
 from tests.bench.setups import beit, experts, forward, images, lora, training_step, twin
 
 EXPERTS, QUICK_EXPERTS = 256, 16
