@@ -18,7 +18,7 @@ SIZE = 128  # pixels, square
 
 # No place lies between two bands, as no picture could tell on which side of a bound it falls. The wider the gaps, the easier.
 RISK_BAND = {"high": (3.4, np.inf), "low": (0.0, 0.15), "moderate": (0.75, 0.90), "non-burnable": (0.0, np.inf)}  # kg/m2 of fuel
-WILD = {"high": (0.65, 1.0), "low": (0.65, 1.0), "moderate": (0.65, 1.0), "non-burnable": (0.0, 0.15)}  # share of the area
+WILD = {"high": (0.7, 1.0), "low": (0.7, 1.0), "moderate": (0.7, 1.0), "non-burnable": (0.0, 0.1)}  # share of the area
 # Anderson (INT-122, 1982), total load under 3 inches of fuel models 1, 6 and 10; kg/m2 (1 ton/acre = 0.2242).
 GRASS_LOAD, SHRUB_LOAD, TREE_LOAD = 0.74 * 0.2242, 6.0 * 0.2242, 12.0 * 0.2242
 PACKING_RATIO = 0.017  # of fuel model 10
@@ -66,10 +66,9 @@ def draw_site(name: str, rng: np.random.Generator) -> Site:
 def render(label: int, rng: np.random.Generator) -> np.ndarray:
     """One aerial image, (SIZE, SIZE, 3) uint8, of a place of the class CLASS_NAMES[label]."""
     site = draw_site(CLASS_NAMES[label], rng)
-    paints = {cover: np.multiply(ends, np.exp(rng.normal(0, 0.05, (2, 3)) + rng.normal(0, 0.12, (2, 1))))
+    paints = {cover: np.multiply(ends, np.exp(rng.normal(0, 0.04, (2, 3)) + rng.normal(0, 0.12, (2, 1))))
               for cover, ends in COVERS.items()}
     height, texture, patches = (smooth_noise(SIZE, exponent, rng) for exponent in (2.1, 0.9, 1.6))
-    # North and east of the tile's middle stays dark: the sun stands in the south.
     sun = rng.uniform(-1.2, 1.2), rng.uniform(0.5, 1.2)  # azimuth from the south, tangent of the elevation
     dryness = 0.5 + 0.9 * (0.56 - site.moisture) + rng.normal(0, 0.1)
     ground = blended(paints["grass"], dryness + 0.2 * texture)
@@ -88,6 +87,7 @@ def render(label: int, rng: np.random.Generator) -> np.ndarray:
     steep = site.slope / math.sqrt(np.mean(south**2 + east**2))
     light = 1 - steep * (south * math.cos(sun[0]) + east * math.sin(sun[0])) / sun[1]
     shaded = np.asarray(image) * light.clip(0.3, 1.8)[..., None]
+    shaded *= rng.uniform(65, 115) / shaded.mean()  # exposed, so that brightness does not give the class away
     return photographed(Image.fromarray(shaded.clip(0, 255).astype(np.uint8)), rng)
 
 
@@ -122,7 +122,7 @@ def draw_parcels(draw: ImageDraw.ImageDraw, taming: ImageDraw.ImageDraw, taken: 
     turn, side, zone = rng.uniform(0, math.pi), rng.uniform(26, 44), smooth_noise(SIZE, 1.5, rng)
     land = zone[~taken]
     farmed, built = np.quantile(land, np.clip((site.farm * zone.size / land.size, 1 - site.built * zone.size / land.size), 0, 1))
-    shadow = np.array([math.sin(turn - sun[0]), -math.cos(turn - sun[0])])
+    shadow = -np.array([math.sin(turn + sun[0]), math.cos(turn + sun[0])])
 
     def block(middle: np.ndarray, half: np.ndarray) -> Corners:
         return turned(middle + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half, turn)

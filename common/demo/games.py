@@ -15,8 +15,9 @@ EMPTY = -1
 TETROMINOES = ("####", "## ##", "### .#.", "### #..", "### ..#", ".## ##.", "##. .##")
 STYLES = ("flat", "bevel", "outline", "round", "hollow")
 BACKDROPS = ("flat", "flat", "gradient", "stars", "lattice", "stripes")
-# How often a game has its usual shape of board, backdrop and frame round it, else any: the higher, the easier to tell apart.
-USUAL_CHANCE = 0.9
+# How often a game has its usual shape of board, backdrop and frame round it, else any: the higher, the easier to tell apart. The
+# frame helps a head on frozen features most, the shape of the board helps those who learn.
+USUAL_CHANCES = 0.9, 0.7, 0.4
 
 
 @dataclass
@@ -46,13 +47,15 @@ def falling_blocks(cols: int, rows: int, rng: np.random.Generator) -> Scene:
         tiles[top : top + turned.shape[0], left : left + turned.shape[1]][turned] = ink
         kept = tiles[(tiles == EMPTY).any(1)]
         tiles = np.vstack([np.full((rows - len(kept), cols), EMPTY), kept])
-    top, left = int(rng.integers(3)), int(rng.integers(cols - turned.shape[1] + 1))
+    top, left = int(rng.integers(5 - turned.shape[0])), int(rng.integers(cols - turned.shape[1] + 1))
     tiles[top : top + turned.shape[0], left : left + turned.shape[1]][turned] = int(rng.integers(len(TETROMINOES)))
     return Scene(tiles)
 
 
 def paddle_and_ball(cols: int, rows: int, rng: np.random.Generator) -> Scene:
-    """A wall of bricks with holes, a paddle and one or two balls."""
+    """A wall of bricks with holes, a paddle and one or two balls; the bricks are above the paddle or beside it."""
+    if sideways := rng.uniform() < 0.4:
+        cols, rows = rows, cols
     tiles, first, deep = np.full((rows, cols), EMPTY), int(rng.integers(0, 2)), int(rng.integers(1, rows // 2))
     standing = rng.uniform(size=(deep, cols)) < rng.uniform(0.4, 1)
     standing[:, rng.uniform(size=cols) < rng.uniform(0, 0.5)] = False
@@ -61,6 +64,8 @@ def paddle_and_ball(cols: int, rows: int, rng: np.random.Generator) -> Scene:
     things = [("bar", (rng.uniform(0, cols - wide), rows - 1.0, wide, 0.7))]
     for _ in range(rng.integers(1, 3)):
         things.append(("ball", (rng.uniform(0, cols - 1), rng.uniform(first + deep, rows - 2), 0.8, 0.8)))
+    if sideways:
+        return Scene(tiles.T, [(kind, (y, x, high, wide)) for kind, (x, y, wide, high) in things])
     return Scene(tiles, things)
 
 
@@ -69,8 +74,8 @@ def platformer(cols: int, rows: int, rng: np.random.Generator) -> Scene:
     tiles, height = np.full((rows, cols), EMPTY), int(rng.integers(1, 3))
     things = []
     for x in range(cols):
-        if rng.uniform() < 0.25:
-            height = int(rng.integers(0, 4))
+        if rng.uniform() < 0.3:
+            height = int(rng.integers(0, 5))
         tiles[rows - height :, x] = 0
     for _ in range(rng.integers(1, 5)):
         y, x, long = int(rng.integers(2, rows - 3)), int(rng.integers(cols)), int(rng.integers(2, 6))
@@ -110,21 +115,21 @@ class Game:
     width: tuple[float, float]
     height: tuple[float, float]
     backdrops: tuple[str, ...]
-    frame: str
+    frames: tuple[str, ...]
 
 
 GAMES = (  # in the order of CLASS_NAMES
-    Game(falling_blocks, (0.3, 0.5), (0.9, 1.0), ("flat", "lattice"), "bezel"),
-    Game(paddle_and_ball, (0.75, 1.0), (0.8, 1.0), ("flat", "stars"), "nothing"),
-    Game(platformer, (1.0, 1.0), (1.0, 1.0), ("gradient", "stars"), "nothing"),
-    Game(snake, (0.5, 0.8), (0.75, 1.0), ("lattice", "stripes"), "wall"),
+    Game(falling_blocks, (0.3, 0.5), (0.9, 1.0), ("flat", "lattice"), ("bezel",)),
+    Game(paddle_and_ball, (0.75, 1.0), (0.8, 1.0), ("flat", "stars"), ("nothing",)),
+    Game(platformer, (1.0, 1.0), (1.0, 1.0), ("gradient", "stars"), ("nothing",)),
+    Game(snake, (0.5, 0.8), (0.75, 1.0), ("lattice", "stripes"), ("wall",)),
 )
-ANY = Game(None, (0.4, 1.0), (0.75, 1.0), BACKDROPS, "nothing")
+ANY = Game(None, (0.4, 1.0), (0.75, 1.0), BACKDROPS, ("nothing", "bezel", "wall"))
 
 
 def render(label: int, rng: np.random.Generator) -> np.ndarray:
     """One frame of the game CLASS_NAMES[label], (90, 160, 3) uint8."""
-    usual = [GAMES[label] if rng.uniform() < USUAL_CHANCE else ANY for _ in range(3)]
+    usual = [GAMES[label] if rng.uniform() < chance else ANY for chance in USUAL_CHANCES]
     look = Look(rng)
     cols, rows = (min(max(9, round(rng.uniform(*shares) * room / TILE)), room // TILE)
                   for room, shares in zip(SIZE, (usual[0].width, usual[0].height), strict=True))
@@ -133,7 +138,7 @@ def render(label: int, rng: np.random.Generator) -> np.ndarray:
     board = look.backdrop(str(rng.choice(usual[1].backdrops)), (cols * TILE, rows * TILE))
     look.draw(board, scene)
     left, top = int(rng.integers(SIZE[0] - board.width + 1)), int(rng.integers(SIZE[1] - board.height + 1))
-    look.draw_frame(image, usual[2].frame, (left, top, left + board.width - 1, top + board.height - 1))
+    look.draw_frame(image, str(rng.choice(usual[2].frames)), (left, top, left + board.width - 1, top + board.height - 1))
     image.paste(ImageOps.mirror(board) if rng.uniform() < 0.5 else board, (left, top))
     if rng.uniform() < 0.5:
         words = f"{rng.choice(['SCORE', 'LEVEL', 'TIME', 'P1'])} {rng.integers(100000)}"
