@@ -59,6 +59,6 @@ def photographed(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     pixels = np.maximum(grey + rng.uniform(0.3, 1.1) * (pixels - grey), 0) * np.exp(rng.normal(0, 0.07, 3))
     pixels = pixels ** rng.uniform(0.7, 1.2) * rng.uniform(0.7, 1.25)
     image = Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8))
-    if rng.uniform() < 0.3:
+    if rng.uniform() < 0.15:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
     return noisy(compressed(image, 25, 80, rng) if rng.uniform() < 0.3 else image, rng, 8)

@@ -17,8 +17,8 @@ CLASS_NAMES = ("high", "low", "moderate", "non-burnable")
 SIZE = 128  # pixels, square
 
 # No place lies between two bands, as no picture could tell on which side of a bound it falls. The wider the gaps, the easier.
-RISK_BAND = {"high": (3.4, np.inf), "low": (0.0, 0.15), "moderate": (0.75, 0.90), "non-burnable": (0.0, np.inf)}  # kg/m2 of fuel
-WILD = {"high": (0.7, 1.0), "low": (0.7, 1.0), "moderate": (0.7, 1.0), "non-burnable": (0.0, 0.1)}  # share of the area
+RISK_BAND = {"high": (3.8, np.inf), "low": (0.0, 0.2), "moderate": (0.85, 1.05), "non-burnable": (0.0, np.inf)}  # kg/m2 of fuel
+WILD = {"high": (0.7, 1.0), "low": (0.7, 1.0), "moderate": (0.7, 1.0), "non-burnable": (0.0, 0.05)}  # share of the area
 # Anderson (INT-122, 1982), total load under 3 inches of fuel models 1, 6 and 10; kg/m2 (1 ton/acre = 0.2242).
 GRASS_LOAD, SHRUB_LOAD, TREE_LOAD = 0.74 * 0.2242, 6.0 * 0.2242, 12.0 * 0.2242
 PACKING_RATIO = 0.017  # of fuel model 10
@@ -71,20 +71,21 @@ def render(label: int, rng: np.random.Generator) -> np.ndarray:
     height, texture, patches = (smooth_noise(SIZE, exponent, rng) for exponent in (2.1, 0.9, 1.6))
     sun = rng.uniform(-1.2, 1.2), rng.uniform(0.5, 1.2)  # azimuth from the south, tangent of the elevation
     dryness = 0.5 + 0.9 * (0.56 - site.moisture) + rng.normal(0, 0.1)
-    ground = blended(paints["grass"], dryness + 0.2 * texture)
-    wet, rocky = height < np.quantile(height, site.water), patches > np.quantile(patches, 1 - site.bare)
-    ground[rocky] = blended(paints["bare"], 0.5 + 0.5 * texture)[rocky]
-    ground[wet] = paints["water"][0]
-    image, tame = Image.fromarray(ground.clip(0, 255).astype(np.uint8)), Image.fromarray(wet | rocky)
-    draw, taming = ImageDraw.Draw(image), ImageDraw.Draw(tame)
-    draw_parcels(draw, taming, wet | rocky, site, paints, sun, rng)
+    ground = blended(paints["grass"], dryness + 0.2 * texture).clip(0, 255).astype(np.uint8)
+    image, tamed = Image.fromarray(ground), Image.new("1", (SIZE, SIZE))
+    draw_parcels(ImageDraw.Draw(image), ImageDraw.Draw(tamed), site, paints, sun, rng)
     if rng.uniform() < 0.5:
         road = wandering_line(rng)
-        draw.line(road, flat(paints["paved"], rng.uniform()), int(rng.integers(2, 5)), "curve")
-        taming.line(road, 1, 6)
-    draw_plants(draw, np.asarray(tame), site, paints, dryness, sun, patches, rng)
+        ImageDraw.Draw(image).line(road, flat(paints["paved"], rng.uniform()), int(rng.integers(2, 5)), "curve")
+        ImageDraw.Draw(tamed).line(road, 1, 6)
+    ground, wet, rocky = np.array(image), height < np.quantile(height, site.water), patches > np.quantile(patches, 1 - site.bare)
+    ground[rocky] = blended(paints["bare"], 0.5 + 0.5 * texture)[rocky].clip(0, 255)
+    ground[wet] = flat(paints["water"], rng.uniform(0, 0.5))
+    image, tame = Image.fromarray(ground), np.asarray(tamed) | wet | rocky
+    draw_plants(ImageDraw.Draw(image), tame, site, paints, dryness, sun, patches, rng)
     south, east = np.gradient(height)
     steep = site.slope / math.sqrt(np.mean(south**2 + east**2))
+    steep = np.where(tame, 0.3, 1) * steep  # fields and houses are on gentle ground
     light = 1 - steep * (south * math.cos(sun[0]) + east * math.sin(sun[0])) / sun[1]
     shaded = np.asarray(image) * light.clip(0.3, 1.8)[..., None]
     shaded *= rng.uniform(65, 115) / shaded.mean()  # exposed, so that brightness does not give the class away
@@ -116,12 +117,12 @@ def turned(points: np.ndarray, turn: float) -> Corners:
     return list(map(tuple, (points @ axes + SIZE / 2).tolist()))
 
 
-def draw_parcels(draw: ImageDraw.ImageDraw, taming: ImageDraw.ImageDraw, taken: np.ndarray, site: Site,
-                 paints: dict[str, np.ndarray], sun: tuple[float, float], rng: np.random.Generator) -> None:
-    """Fields with rows, and yards with houses, on a turned grid where the ground is not taken; `taming` marks what they take."""
+def draw_parcels(draw: ImageDraw.ImageDraw, taming: ImageDraw.ImageDraw, site: Site, paints: dict[str, np.ndarray],
+                 sun: tuple[float, float], rng: np.random.Generator) -> None:
+    """Fields with rows, and yards with houses, on a turned grid; `taming` marks the ground that they take."""
     turn, side, zone = rng.uniform(0, math.pi), rng.uniform(26, 44), smooth_noise(SIZE, 1.5, rng)
-    land = zone[~taken]
-    farmed, built = np.quantile(land, np.clip((site.farm * zone.size / land.size, 1 - site.built * zone.size / land.size), 0, 1))
+    land = 1 - site.water - site.bare
+    farmed, built = np.quantile(zone, (site.farm / land, 1 - site.built / land))
     shadow = -np.array([math.sin(turn + sun[0]), math.cos(turn + sun[0])])
 
     def block(middle: np.ndarray, half: np.ndarray) -> Corners:
@@ -130,8 +131,8 @@ def draw_parcels(draw: ImageDraw.ImageDraw, taming: ImageDraw.ImageDraw, taken: 
     for cell in np.stack(np.mgrid[-4:5, -4:5], -1).reshape(-1, 2):
         middle = cell * side
         x, y = np.array(turned(middle[None], turn)[0]).astype(int) % SIZE
-        farm = zone[y, x] < farmed
-        if taken[y, x] or farmed <= zone[y, x] <= built:
+        farm = zone[y, x] <= farmed
+        if farmed < zone[y, x] < built:
             continue
         taming.polygon(block(middle, np.full(2, side / 2)), 1)
         draw.polygon(block(middle, np.full(2, side / 2)), flat(paints["paved"], rng.uniform(0, 0.6)))
@@ -139,7 +140,7 @@ def draw_parcels(draw: ImageDraw.ImageDraw, taming: ImageDraw.ImageDraw, taken: 
         draw.polygon(block(middle, np.full(2, half)), crop)
         if farm:
             for row in np.arange(-half + 1, half, rng.uniform(3, 6)):
-                draw.line(turned(middle + np.array([[row, -half], [row, half]]), turn), mixed(crop, (40, 40, 30), 0.25))
+                draw.line(turned(middle + np.array([[row, -half], [row, half]]), turn), mixed(crop, (40, 40, 30), 0.35))
             continue
         lots = int(rng.integers(1, 4))
         for lot in np.stack(np.mgrid[:lots, :lots], -1).reshape(-1, 2):
@@ -158,7 +159,7 @@ def draw_plants(draw: ImageDraw.ImageDraw, tame: np.ndarray, site: Site, paints:
         at = at + rng.uniform(-0.4, 0.4, at.shape) * pitch
         y, x = at.clip(0, SIZE - 1).astype(int).T
         chance = share + 1.2 * share * (1 - share) * patches[y, x]
-        chance[tame[y, x] > 0] *= 0.05
+        chance[tame[y, x]] *= 0.05
         at = at[rng.uniform(size=len(at)) < chance]
         mix, tone, radius = rng.uniform((-0.25, 0.75, 0.36), (0.25, 1.2, 0.72), (len(at), 3)).T[..., None]
         radius, colours = pitch * radius, blended(paints[cover], dryness + mix[:, 0]) * tone
