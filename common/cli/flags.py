@@ -76,7 +76,6 @@ class TrainingFlags(HardwareFlags):
     """One training loop. Reference values: the documented experiment (Adam, batch 16 x 4)."""
 
     _argument_group_name: ClassVar[str] = "training"
-    demo_defaults: ClassVar[dict[str, Any]] = {"accumulation_steps": 1, "augment": True}
     epochs: int | None = option(None, "passes over the training images; by default 25 where there are 2,400 or more, as in the "
                                       "documented experiment, down to 8 where there are 1,200 or fewer")
     batch_size: int = option(16, "images that are computed at once")
@@ -169,7 +168,7 @@ class FinetuneConfig(TrainingFlags, RunFlags):
     _argument_group_name: ClassVar[str] = "fine-tuning"
     learning_rate: float = option(2e-5, "peak learning rate of the head; see --layer_decay")
     layer_decay: float = option(0.9, "each block learns at this share of the rate of the block above it")
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 15}
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 10}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,7 +180,7 @@ class FinetuneConfig(TrainingFlags, RunFlags):
 class LoraConfig(ExpertFlags, LoraFlags, TrainingFlags, RunFlags):
     """Settings of Lora_Finetune.py."""
 
-    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-3, "epochs": 15}
+    demo_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-3, "epochs": 10}
 
     def made_anew(self) -> set[str] | None:
         """The tasks of --expert, if there are any: the others' experts stay."""

@@ -3,7 +3,6 @@
 Every function draws one class and returns RGB pictures as (H, W, 3) uint8 arrays. All randomness comes from `rng`.
 """
 
-import io
 import math
 from functools import cache
 from pathlib import Path
@@ -17,27 +16,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 
+from common.demo.drawing import compressed, noisy, polygon, two_colours
 from common.demo.fractals import Textures, compose, draw_figures, sample_system
 
 SIZE = 64  # pixels, square, of what is drawn here; plots and the demo's pictures are larger
 SERIF = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
          "STIXGeneralBolIta", "cmr10", "cmb10")
 SANS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "cmss10", "cmtt10")
-Colour = tuple[int, int, int]
-
-
-def two_colours(rng: np.random.Generator, contrast: int = 70) -> tuple[Colour, Colour]:
-    """A ground and an ink whose brightness differs by at least `contrast` of 255; either may be the darker."""
-    while True:
-        ground, ink = rng.integers(0, 256, (2, 3))
-        if abs(int(ground.mean()) - int(ink.mean())) >= contrast:
-            return tuple(ground.tolist()), tuple(ink.tolist())
-
-
-def noisy(image: Image.Image, rng: np.random.Generator, most: float = 25) -> np.ndarray:
-    """The image with pixel noise of a random strength, at most `most` of 255."""
-    pixels = np.asarray(image, np.float32)
-    return (pixels + rng.uniform(0, most) * rng.standard_normal(pixels.shape)).clip(0, 255).astype(np.uint8)
 
 
 @cache
@@ -73,14 +58,6 @@ def scans(digit: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
     return images
 
 
-def _polygon(corners: int, middle: np.ndarray, radius: float, turn: float, depth: float = 1.0) -> list[tuple[float, ...]]:
-    """Corners of a regular polygon, or with `depth` under 1 of a star, whose inner corners lie at that share of the radius."""
-    number = corners if depth == 1 else 2 * corners
-    angles = turn + 2 * math.pi * np.arange(number) / number
-    reach = radius * np.where(np.arange(number) % 2, depth, 1.0)
-    return list(map(tuple, (middle + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)).tolist()))
-
-
 CORNERS = {  # of each shape, and the depth of a star's inner corners
     "circle": (24, 1.0), "cross": (4, 0.42), "hexagon": (6, 1.0), "pentagon": (5, 1.0), "square": (4, 1.0), "star": (5, 0.5),
 }
@@ -92,10 +69,10 @@ def shape(name: str, rng: np.random.Generator) -> np.ndarray:
     image = Image.new("RGB", (SIZE, SIZE), ground)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 4)):
-        scrap = _polygon(int(rng.integers(3, 6)), rng.uniform(0, SIZE, 2), rng.uniform(3, 9), rng.uniform(0, 6))
+        scrap = polygon(int(rng.integers(3, 6)), rng.uniform(0, SIZE, 2), rng.uniform(3, 9), rng.uniform(0, 6))
         draw.polygon(scrap, tuple(rng.integers(0, 256, 3).tolist()))
     corners, depth = CORNERS[name]
-    outline = _polygon(corners, rng.uniform(27, SIZE - 27, 2), rng.uniform(16, 26), rng.uniform(-0.3, 0.3) - math.pi / 2, depth)
+    outline = polygon(corners, rng.uniform(27, SIZE - 27, 2), rng.uniform(16, 26), rng.uniform(-0.3, 0.3) - math.pi / 2, depth)
     draw.polygon(outline, ink if rng.uniform() < 0.6 else None, ink, int(rng.integers(2, 4)))
     return noisy(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1))), rng)
 
@@ -144,17 +121,17 @@ def counted(name: str, rng: np.random.Generator) -> np.ndarray:
     elif look == 1:  # bright spots in the dark, blurred
         image = Image.new("RGB", (SIZE, SIZE), (8, 8, 20))
         for middle, radius in zip(middles, radii, strict=True):
-            ImageDraw.Draw(image).polygon(_polygon(24, middle, radius, 0), (255, 230, 170))
+            ImageDraw.Draw(image).polygon(polygon(24, middle, radius, 0), (255, 230, 170))
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(1, 3)))
     elif look == 2:  # coloured triangles on a striped ground
         stripes = np.indices((SIZE, SIZE)).max(0)[..., None] // 4 % 2
         image = Image.fromarray(np.where(stripes, ground, np.add(ground, 255) // 2).astype(np.uint8))
         for middle, radius in zip(middles, radii, strict=True):
-            ImageDraw.Draw(image).polygon(_polygon(3, middle, radius + 1, rng.uniform(0, 6)), ink)
+            ImageDraw.Draw(image).polygon(polygon(3, middle, radius + 1, rng.uniform(0, 6)), ink)
     else:  # frames on coarse noise
         image = Image.fromarray(rng.integers(90, 200, (8, 8, 3), dtype=np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
         for middle, radius in zip(middles, radii, strict=True):
-            ImageDraw.Draw(image).polygon(_polygon(4, middle, radius + 1, 0.785), None, (20, 20, 20), 2)
+            ImageDraw.Draw(image).polygon(polygon(4, middle, radius + 1, 0.785), None, (20, 20, 20), 2)
     return noisy(image, rng)
 
 
@@ -179,9 +156,7 @@ def edited(name: str, rng: np.random.Generator) -> np.ndarray:
     if name == "blurred":
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.8, 2.0)))
     elif name == "compressed":
-        written = io.BytesIO()
-        image.save(written, "JPEG", quality=int(rng.integers(4, 15)))
-        image = Image.open(written)
+        image = compressed(image, 4, 15, rng)
     elif name == "noisy":
         pixels = np.asarray(image, np.float32)
         image = Image.fromarray((pixels + rng.uniform(8, 25) * rng.standard_normal(pixels.shape)).clip(0, 255).astype(np.uint8))
