@@ -17,7 +17,6 @@ from ContextGatedMOE.forward import Forward
 from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
 from ContextGatedMOE.labels import class_lists
-from ContextGatedMOE.reading import read_experts
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving
 from ContextGatedMOE.statistics import SHRINKAGE, Statistics
@@ -105,6 +104,8 @@ class ContextGatedMOE(Asking, Saving, Exporting, nn.Module):
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
         """
+        from ContextGatedMOE.reading import read_experts  # here: peft takes long to import, and a saved mixture needs none
+
         stored = read_experts(base_model, {name: adapter for name, adapter in adapters.items() if adapter is not None})
         without = [Expert(name) for name, adapter in adapters.items() if adapter is None]
         return cls(base_model, [*stored, *without], classes, same=same, gate_hidden=gate_hidden, top_k=top_k,

@@ -1,5 +1,6 @@
 """Running a script: settings of its libraries, signals, and what is said when it cannot go on."""
 
+import atexit
 import ctypes
 import gc
 import io
@@ -42,6 +43,7 @@ def set_up_libraries() -> None:
     Call it before they are imported.
     """
     gc.set_threshold(MOST_NEW_OBJECTS)
+    atexit.register(gc.freeze)  # at its end Python looks at all that is left several times: most of a second
     keep_freed_memory()
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)
