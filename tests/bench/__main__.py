@@ -18,13 +18,13 @@ from common.files import write_csv
 from common.training.distributed import device_of
 from tests.bench import (
     accuracy,
+    building,
     data,
     depths,
     gates,
     growth,
     heads,
     lora,
-    many,
     mixture,
     parts,
     photos,
@@ -40,17 +40,17 @@ from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
     "lora": lora.epoch, "lora_320": lora.epoch_large, "lora_base": lora.base,
-    "mixture_training": mixture.training, "mixture_inference": mixture.inference, "heads": heads.heads,
+    "mixture_training": mixture.training, "heads": heads.heads,
     "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
-    "evaluation_batch": parts.evaluation_batch, "gates": gates.gates, "many_experts": many.many_experts,
+    "evaluation_batch": parts.evaluation_batch, "gates": gates.gates,
 }
 # Each makes a table of its own.
 WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "processes": processes.run_processes,
-         "duplicates": data.run_duplicates, "stored": data.run_stored, "building": many.run_building,
+         "duplicates": data.run_duplicates, "stored": data.run_stored, "building": building.run_building,
          "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing,
          "samples": samples.samples, "depths": depths.depths, "time_to_accuracy": accuracy.time_to_accuracy,
-         "serving": serving.serving}
+         "serving": serving.serving, "statistics": gates.run_statistics}
 PICTURES = {"demo": scripts.picture, "samples": samples.picture, "depths": depths.picture, "serving": serving.picture}
 ON_ROOT = ["photos", "samples", "depths"]  # they need finished results, depths prepared images
 

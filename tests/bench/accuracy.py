@@ -31,7 +31,7 @@ def time_to_accuracy(settings: Settings) -> pd.DataFrame:
     + peft ends with after 25 epochs at 2e-4: ours by its defaults, base head included. Evaluation after each epoch counts."""
     rows = []
     for seed in settings.seeds:
-        for data in _tasks(settings, seed):
+        for data in tasks_of(settings, seed):
             theirs, ours = _trainer(data, settings, seed), _ours(data, settings, seed)
             wanted = theirs[-1][1]
             row = {"model": settings.model_name, "task": data.task.key, "seed": seed, "accuracy": wanted,
@@ -51,7 +51,7 @@ def _until(curve: list[tuple[float, float]], accuracy: float) -> float:
     return next((seconds for seconds, reached in curve if reached >= accuracy - 1e-9), float("nan"))
 
 
-def _config(kind: type[RunFlags], settings: Settings, seed: int) -> RunFlags:
+def config_of(kind: type[RunFlags], settings: Settings, seed: int) -> RunFlags:
     """The default settings of a script; of its demo, if that is what is measured."""
     flags = ["--root", str(settings.root), "--model", settings.model, "--seed", str(seed)]
     flags += ["--demo"] * (settings.model == str(DEMO_BACKBONE))
@@ -61,22 +61,23 @@ def _config(kind: type[RunFlags], settings: Settings, seed: int) -> RunFlags:
     return parse(kind, [*flags, *short, "--device", str(settings.device)])
 
 
-def _tasks(settings: Settings, seed: int) -> list[TaskData]:
-    config = _config(LoraConfig, settings, seed)
+def tasks_of(settings: Settings, seed: int) -> list[TaskData]:
+    """The tasks of --root as --model sees them; the demo's are prepared where they are missing."""
+    config = config_of(LoraConfig, settings, seed)
     tasks = read_tasks(settings.root)
     for task in tasks:
         if settings.model == str(DEMO_BACKBONE) and not (settings.root / task.dataset_folder).exists():
             with contextlib.redirect_stdout(io.StringIO()):
-                prepare(task, _config(PreparationConfig, settings, seed))
+                prepare(task, config_of(PreparationConfig, settings, seed))
     return [load_task(task, config, load_processor(settings.model)) for task in tasks]
 
 
 def _ours(data: TaskData, settings: Settings, seed: int) -> list[tuple[float, float]]:
     """Seconds and validation accuracy of the base model, whose head is fitted to features computed once, and after each epoch
     of the adapter that goes on from it. All epochs take the same time."""
-    started, config = settings.clock(), _config(LoraConfig, settings, seed)
+    started, config = settings.clock(), config_of(LoraConfig, settings, seed)
     model = load_backbone(settings.model, data.classes, seed)
-    base = _config(BaseModelConfig, settings, seed)
+    base = config_of(BaseModelConfig, settings, seed)
     train, validation = (features(model, part, base) for part in (data.train, data.validation))
     head = fit_head(model.classifier, train, validation, base).history
     first = settings.clock() - started
@@ -92,7 +93,7 @@ def _trainer(data: TaskData, settings: Settings, seed: int) -> list[tuple[float,
     """The same after each epoch of transformers' Trainer on peft's adapter with a new head, images transformed on the fly."""
     torch.manual_seed(seed)
     curve, started, folder = [], settings.clock(), settings.root / data.task.dataset_folder
-    config = _config(LoraConfig, settings, seed)
+    config = config_of(LoraConfig, settings, seed)
     config.learning_rate = RATE
     model = load_backbone(settings.model, data.classes, seed)
     model.set_attn_implementation("sdpa")  # which transformers takes by itself

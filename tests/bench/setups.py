@@ -42,10 +42,10 @@ def beit(settings: Settings, attention: str | None = None, **shape: int) -> Beit
 
 
 def dinov2_small(settings: Settings, **shape: int) -> Dinov2ForImageClassification:
-    """A DINOv2 of ViT-S/14's shape at 224 pixels with random weights, frozen; a tiny one with `--quick`."""
+    """A DINOv2 of ViT-S/14's shape at 112 pixels with random weights, frozen; a tiny one with `--quick`."""
     torch.manual_seed(0)
     tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56} if settings.quick else {}
-    small = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224}
+    small = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 112}
     with settings.device:
         model = Dinov2ForImageClassification(Dinov2Config(**{**small, "patch_size": 14, **shape, **tiny}))
     model.set_attn_implementation(register_attention())
