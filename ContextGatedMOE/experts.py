@@ -14,7 +14,6 @@ from ContextGatedMOE.fitting import PLAIN
 from ContextGatedMOE.heads import HEAD_NUMBERS
 from ContextGatedMOE.labels import class_names, output_columns
 from ContextGatedMOE.layers import MixtureLinear
-from ContextGatedMOE.reading import read_expert
 from ContextGatedMOE.statistics import Statistics, discriminant, own_discriminants
 from ContextGatedMOE.training import refine
 
@@ -93,6 +92,8 @@ def changed_as_a_whole(model: nn.Module) -> Iterator[building.Parts]:
 def add(model: nn.Module, name: str, adapter: str | Path | Expert | None, classes: Sequence[str] | None,
         images: fitting.Batches | None) -> None:
     """See `ContextGatedMOE.add_expert`."""
+    from ContextGatedMOE.reading import read_expert  # here, as in `from_adapters`
+
     attached = adapter is not None and name in model.without_adapter
     if name in model.expert_names and not attached:
         raise MixtureError(f"there is an expert called {name!r} already")

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -54,6 +53,8 @@ class Exporting:
         outputs than the base model; load it onto a base with as many (`num_labels=...`), as with any such adapter. Raises
         MixtureError for unknown names, or if the chosen experts adapt no layer.
         """
+        from peft import LoraConfig  # here: it takes long to import
+
         values, tensors, ranks, heads = self.weights_of(weights), {}, {}, []
         owner = self.classes and _owner(self, weights, head)
         for name, layer in self.mixture_layers().items():

@@ -34,7 +34,6 @@ from ContextGatedMOE.gate import Gate, select
 from ContextGatedMOE.heads import JointHead
 from ContextGatedMOE.hub import Sharing
 from ContextGatedMOE.labels import class_lists
-from ContextGatedMOE.reading import read_experts
 from ContextGatedMOE.routing import Router
 from ContextGatedMOE.saving import Saving
 from ContextGatedMOE.statistics import SHRINKAGE, Statistics
@@ -112,6 +111,8 @@ class ContextGatedMOE(LikeItsBase, Asking, Saving, Sharing, Exporting, nn.Module
         Until `fit_gates` has seen images, all experts weigh the same. Raises MixtureError, with the expert's name, if an
         adapter is missing or cannot be mixed exactly.
         """
+        from ContextGatedMOE.reading import read_experts  # here: peft takes long to import, and a saved mixture needs none
+
         stored = read_experts(base_model, {name: adapter for name, adapter in adapters.items() if adapter is not None})
         without = [Expert(name) for name, adapter in adapters.items() if adapter is None]
         return cls(base_model, [*stored, *without], classes, **options)

@@ -1,5 +1,7 @@
 """Running a script: settings of its libraries, signals, and what is said when it cannot go on."""
 
+import atexit
+import gc
 import io
 import logging
 import os
@@ -29,6 +31,7 @@ LIBRARIES = {
 
 def set_up_libraries() -> None:
     """Set the libraries' log levels, progress bars, threads and warnings. Call it before they are imported."""
+    atexit.register(gc.freeze)  # at its end Python looks at all that is left several times: most of a second
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it would tell of every font it has no weight of

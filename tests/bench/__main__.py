@@ -16,13 +16,14 @@ from common.errors import UserError
 from common.files import write_csv
 from common.training.distributed import device_of
 from tests.bench import (
+    accuracy,
+    building,
     data,
     depths,
     gates,
     growth,
     heads,
     lora,
-    many,
     mixture,
     parts,
     photos,
@@ -32,22 +33,24 @@ from tests.bench import (
     routing_mixture,
     samples,
     scripts,
+    serving,
 )
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
     "lora": lora.epoch, "lora_320": lora.epoch_large, "lora_base": lora.base,
-    "mixture_training": mixture.training, "mixture_inference": mixture.inference, "heads": heads.heads,
+    "mixture_training": mixture.training, "heads": heads.heads,
     "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
     "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
-    "evaluation_batch": parts.evaluation_batch, "gates": gates.gates, "many_experts": many.many_experts,
+    "evaluation_batch": parts.evaluation_batch, "gates": gates.gates,
 }
 # Each makes a table of its own.
 WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "processes": processes.run_processes,
-         "duplicates": data.run_duplicates, "stored": data.run_stored, "building": many.run_building,
+         "duplicates": data.run_duplicates, "stored": data.run_stored, "building": building.run_building,
          "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing,
-         "samples": samples.samples, "depths": depths.depths}
-PICTURES = {"demo": scripts.picture, "samples": samples.picture, "depths": depths.picture}
+         "samples": samples.samples, "depths": depths.depths, "time_to_accuracy": accuracy.time_to_accuracy,
+         "serving": serving.serving, "statistics": gates.run_statistics}
+PICTURES = {"demo": scripts.picture, "samples": samples.picture, "depths": depths.picture, "serving": serving.picture}
 ON_ROOT = ["photos", "samples", "depths"]  # they need finished results, depths prepared images
 
 
@@ -78,9 +81,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", type=Path,
                       help="folder for the demo's images, kept for the next run (default: a temporary one)")
     made.add_argument("--model", default=str(DEMO_BACKBONE),
-                      help="backbone of depths: a name on the Hub or a folder (default: the demo's)")
+                      help="backbone of what is measured on --root: a name on the Hub or a folder (default: the demo's)")
     made.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up (default: %(default)s)")
     made.add_argument("--seeds", type=int, nargs="+", default=[3407], help="seeds of the routing suite (default: 3407)")
+    made.add_argument("--experts", type=int, nargs="+", default=[], help="numbers of experts of serving")
     made.add_argument("--device", default="auto", help="auto takes a GPU if there is one; or cpu, cuda (default: %(default)s)")
     made.add_argument("--cpu_time", action="store_true",
                       help="CPU seconds of one thread, for a machine that is busy with other things")
@@ -100,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(device, 1 if options.quick else options.repeats, options.quick, options.root or Path(folder),
                             options.large, time.process_time if options.cpu_time else time.perf_counter, options.output,
-                            options.seeds, options.model)
+                            options.seeds, options.model, options.experts)
         everything = [name for name in (*BENCHMARKS, *WHOLE) if name not in ON_ROOT or options.root]
         for name in options.names or everything:
             print(f"\n== {name} ==", flush=True)

@@ -1,13 +1,12 @@
 """Where gates belong in a backbone: what one linear discriminant on the plain backbone's features knows, depth by depth."""
 
 import time
-from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from common import models
-from common.cli.flags import DEMO_BACKBONE, MixtureConfig
+from common.cli.flags import MixtureConfig
 from common.cli.parser import parse
 from common.comparison.features import HEAD_INPUT, backbone_features
 from common.comparison.inputs import PlainInputs
@@ -31,12 +30,11 @@ def depths(settings: Settings) -> pd.DataFrame:
     inputs = PlainInputs(config, tasks)
     inputs.features = backbone_features(inputs.body, inputs.train, inputs.validation, inputs.test, config,
                                         range(len(block_names(inputs.body)) + 1))
-    backbone = "the demo's" if config.model == str(DEMO_BACKBONE) else Path(config.model).name
     rows = []
     for depth, features in inputs.features.train.items():
         started = time.perf_counter()
         chosen = inputs.discriminant_at((depth,))
-        row = {"backbone": backbone, "depth": depth, "features": features.shape[1],
+        row = {"backbone": settings.model_name, "depth": depth, "features": features.shape[1],
                "shrinkage": chosen.classifier.strength}
         answers = inputs.validation_answers, inputs.test_answers
         for split, own, scores in zip(("validation_", ""), answers, chosen.scores(inputs.features), strict=True):

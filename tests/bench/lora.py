@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,14 +51,16 @@ def quiet_fit(model: nn.Module, train: ImageSet, validation: ImageSet, config: T
         fit(model, train, validation, config, "benchmark")
 
 
-def on_the_fly(settings: Settings) -> Dataset:
-    """The prepared training images, decoded, mirrored at random and resized whenever they are asked for."""
-    processor = load_processor(str(DEMO_BACKBONE))
-    dataset = load_from_disk(str(settings.root / DOCUMENTED[0].dataset_folder))["train"]
+def on_the_fly(folder: Path, model: str, split: str = "train") -> Dataset:
+    """Prepared images as the image processor of a model makes them, decoded and resized whenever they are asked for, and
+    mirrored at random where they are to train on."""
+    processor = load_processor(model)
+    dataset = load_from_disk(str(folder))[split]
 
     def transform(rows: dict[str, list]) -> dict[str, object]:
         pictures = [image.convert("RGB") for image in rows["image"]]
-        pictures = [ImageOps.mirror(image) if random.random() < 0.5 else image for image in pictures]
+        if split == "train":
+            pictures = [ImageOps.mirror(image) if random.random() < 0.5 else image for image in pictures]
         # One by one, as the example does.
         pixels = [processor(image, return_tensors="pt").pixel_values[0] for image in pictures]
         return {"pixel_values": pixels, "labels": rows["label"]}
@@ -71,15 +74,18 @@ def collate(rows: list[dict[str, object]]) -> dict[str, torch.Tensor]:
             "labels": torch.tensor([row["labels"] for row in rows])}
 
 
-def trainer_epoch(model: nn.Module, dataset: Dataset, config: LoraConfig, settings: Settings, precision: str) -> None:
-    """An epoch as the public image-classification example of transformers runs it."""
+def trainer(model: nn.Module, dataset: Dataset, config: LoraConfig, settings: Settings, epochs: int = 1,
+            evaluation: Dataset | None = None, **more: object) -> None:
+    """Train as the public image-classification example of transformers does, and evaluate after each epoch on `evaluation`.
+    more: arguments of the Trainer."""
     arguments = TrainingArguments(
-        output_dir=str(settings.root / "trainer"), per_device_train_batch_size=config.batch_size, num_train_epochs=1,
-        learning_rate=config.learning_rate, bf16=precision == BF16, use_cpu=settings.device.type == "cpu",
+        output_dir=str(settings.root / "trainer"), per_device_train_batch_size=config.batch_size, num_train_epochs=epochs,
+        learning_rate=config.learning_rate, bf16=settings.training_precision == BF16, use_cpu=settings.device.type == "cpu",
         remove_unused_columns=False, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+        eval_strategy="no" if evaluation is None else "epoch", seed=config.seed,
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        Trainer(model, arguments, data_collator=collate, train_dataset=dataset).train()
+        Trainer(model, arguments, data_collator=collate, train_dataset=dataset, eval_dataset=evaluation, **more).train()
 
 
 def epoch(settings: Settings) -> Benchmark:
@@ -107,14 +113,14 @@ def recipe(settings: Settings) -> LoraConfig:
 def _epochs(settings: Settings, task: TaskData) -> list[Case]:
     precision, config, plain = settings.training_precision, recipe(settings), demo_backbone(settings)
     ours, theirs = lora(plain), peft_lora(demo_backbone(settings, "sdpa"))  # transformers takes sdpa by itself
-    dataset, count = on_the_fly(settings), len(task.train)
+    dataset, count = on_the_fly(settings.root / task.task.dataset_folder, str(DEMO_BACKBONE)), len(task.train)
     # An epoch of ours ends with a validation, theirs does not.
     few = task.validation.take(torch.arange(4))
     flops = 2 * count * forward_flops(plain, images(settings, 1, plain)[0][0])
     return [
         Case("epoch, ours", lambda: quiet_fit(ours, task.train, few, config), count, flops, precision),
-        Case("epoch, Trainer + peft, on the fly", lambda: trainer_epoch(theirs, dataset, config, settings, precision), count,
-             flops, precision),
+        Case("epoch, Trainer + peft, on the fly", lambda: trainer(theirs, dataset, config, settings), count, flops,
+             precision),
     ]
 
 

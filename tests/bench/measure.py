@@ -30,7 +30,8 @@ LIMIT = "limit"  # in a ratio: the time of a case's least work at the machine's 
 class Settings:
     """How to measure. large: models of BEiT-large's size, not BEiT-base's. quick: tiny ones and one round, to see
     that everything runs. root: a folder for data; output: that of the results. clock: seconds so far. seeds: of what is
-    measured more than once for its accuracy. model: the backbone of what is measured on --root."""
+    measured more than once for its accuracy. model: the backbone of what is measured on --root. experts: numbers of them, none
+    for the benchmark's own."""
 
     device: torch.device
     repeats: int
@@ -41,6 +42,12 @@ class Settings:
     output: Path = Path("bench_results")
     seeds: list[int] = field(default_factory=lambda: [3407])
     model: str = str(DEMO_BACKBONE)
+    experts: list[int] = field(default_factory=list)
+
+    @property
+    def model_name(self) -> str:
+        """What tables call the backbone."""
+        return "the demo's" if self.model == str(DEMO_BACKBONE) else Path(self.model).name
 
     @property
     def training_precision(self) -> str:

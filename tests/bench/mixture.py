@@ -34,20 +34,6 @@ def training(settings: Settings) -> Benchmark:
     ]
 
 
-def inference(settings: Settings) -> Benchmark:
-    """A forward pass of the mixture at BEiT-base size, batch 16, in fp32 as everything is evaluated."""
-    count, models = 16, _models(settings)
-    batch = images(settings, count, models["base model"])[0]
-    flops = count * forward_flops(models["base model"], batch[0])
-    cases = [Case(name, forward(model, batch, settings, FP32), count, flops, FP32) for name, model in models.items()]
-    return cases, [
-        Ratio("images a second: mixture of 2 / base model", "base model", "mixture of 2", ">= 0.85"),
-        Ratio("images a second: mixture of 8 / base model", "base model", "mixture of 8", ">= 0.7"),
-        Ratio("mixture of 2 / one LoRA, peft", "mixture of 2", "LoRA, peft"),
-        *_against_loop({2: ">= 1.8", 8: ">= 3"}),
-    ]
-
-
 def _against_loop(wanted: dict[int, str]) -> list[Ratio]:
     """wanted: number of experts -> time of X-LoRA's loop over that of the mixture."""
     return [Ratio(f"X-LoRA loop / mixture, {count} experts", f"X-LoRA loop of {count}", f"mixture of {count}", figure)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BeitConfig, BeitForImageClassification
+from transformers import BeitConfig, BeitForImageClassification, Dinov2Config, Dinov2ForImageClassification, PreTrainedModel
 
 from common.cli.flags import DEMO_BACKBONE
 from common.models import load_backbone
@@ -41,6 +41,17 @@ def beit(settings: Settings, attention: str | None = None, **shape: int) -> Beit
     return model.requires_grad_(False)
 
 
+def dinov2_small(settings: Settings, **shape: int) -> Dinov2ForImageClassification:
+    """A DINOv2 of ViT-S/14's shape at 112 pixels with random weights, frozen; a tiny one with `--quick`."""
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56} if settings.quick else {}
+    small = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 112}
+    with settings.device:
+        model = Dinov2ForImageClassification(Dinov2Config(**{**small, "patch_size": 14, **shape, **tiny}))
+    model.set_attn_implementation(register_attention())
+    return model.requires_grad_(False)
+
+
 def demo_backbone(settings: Settings, attention: str | None = None) -> BeitForImageClassification:
     """The demo's backbone, frozen; a tiny one for images of the same size with `--quick`."""
     if settings.quick:
@@ -55,25 +66,25 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()})
 
 
-def images(settings: Settings, count: int, model: BeitForImageClassification) -> tuple[Tensor, Tensor]:
+def images(settings: Settings, count: int, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Random normalised images (N, 3, S, S) that fit the model, and labels (N,)."""
     size = model.config.image_size
     return (torch.randn(count, 3, size, size, device=settings.device),
             torch.randint(model.config.num_labels, (count,), device=settings.device))
 
 
-def lora(base: BeitForImageClassification) -> PeftModel:
+def lora(base: PreTrainedModel) -> PeftModel:
     """One adapter of the project on a twin of `base`."""
     return add_lora(twin(base), RANK, 2 * RANK, seed=0)
 
 
-def peft_lora(base: BeitForImageClassification) -> PeftModel:
+def peft_lora(base: PreTrainedModel) -> PeftModel:
     """The same with peft's own layers."""
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_targets(base), modules_to_save=["classifier"])
     return get_peft_model(twin(base), config)
 
 
-def experts(base: BeitForImageClassification, count: int, rank: int = RANK) -> list[Expert]:
+def experts(base: PreTrainedModel, count: int, rank: int = RANK) -> list[Expert]:
     """Experts with random tensors for every linear layer of every block, each with a head."""
     made = []
     for index in range(count):
@@ -88,7 +99,7 @@ def experts(base: BeitForImageClassification, count: int, rank: int = RANK) -> l
     return made
 
 
-def mixture(base: BeitForImageClassification, count: int, rank: int = RANK) -> ContextGatedMOE:
+def mixture(base: PreTrainedModel, count: int, rank: int = RANK) -> ContextGatedMOE:
     """A mixture of `count` random experts on a twin of `base`."""
     return ContextGatedMOE(twin(base), experts(base, count, rank))
 

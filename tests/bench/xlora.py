@@ -8,7 +8,7 @@ second pass adds up the adapters one after the other, each on inputs scaled by i
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BeitForImageClassification
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ContextGatedMOE import Expert
@@ -40,7 +40,7 @@ class XLoraLinear(nn.Module):
 class XLora(nn.Module):
     """A frozen classifier with frozen experts; only the classifier of the weights learns."""
 
-    def __init__(self, base: BeitForImageClassification, experts: list[Expert]):
+    def __init__(self, base: PreTrainedModel, experts: list[Expert]):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.layers = []
@@ -54,7 +54,7 @@ class XLora(nn.Module):
         """images: (B, 3, S, S)."""
         self._set([None] * len(self.layers))
         with torch.no_grad():
-            hidden = self.base.beit(images).last_hidden_state  # (B, T, D)
+            hidden = self.base.base_model(images).last_hidden_state  # (B, T, D)
         scalings = self.weigh(hidden).unflatten(-1, (len(self.layers), -1)).softmax(-1)  # (B, T, layers, E)
         self._set(list(scalings.unbind(2)))
         return self.base(images)
