@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.results.memory import PeakMemory
+from tests.bench.peak_memory import PeakMemory
 from ContextGatedMOE import ContextGatedMOE
 from ContextGatedMOE.experts import solve
 from ContextGatedMOE.statistics import Statistics
