@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.bench.peak_memory import PeakMemory
 from ContextGatedMOE import ContextGatedMOE
 from ContextGatedMOE.experts import solve
 from ContextGatedMOE.statistics import Statistics
 from tests.bench.data import apart
 from tests.bench.measure import Settings
+from tests.bench.peak_memory import PeakMemory
 from tests.bench.setups import beit, lora
 
 EXPERTS, QUICK_EXPERTS = 256, 16
