@@ -43,7 +43,7 @@ def test_a_lora_trained_in_another_way_is_that_peft_model(case, options, tmp_pat
 
 
 def test_a_half_precision_adapter_is_scaled_in_fp32_and_read_alone_it_is_the_same(tmp_path):
-    folder = BEIT.save_adapter(tmp_path, r=2, lora_alpha=3, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+    folder = BEIT.save_adapter(tmp_path, r=3, lora_alpha=7, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
     file = folder / "adapter_model.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
     mixed, alone = ContextGatedMOE.from_adapters(BEIT.build(), {"a": folder}), read_expert(BEIT.build(), "a", folder)
