@@ -1,6 +1,7 @@
 """Tests of the experts: exactly peft's own models; left as they were by what fails; merged, exported, taken out."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -31,15 +32,18 @@ def test_a_one_hot_gate_and_a_single_expert_are_that_peft_model(all_adapters):
 
 @pytest.mark.parametrize(("case", "options"), [
     (BEIT, dict(init_lora_weights="orthogonal", lora_dropout=0.5)), (BEIT, dict(layers_to_transform=[1])),
-    (BEIT, dict(exclude_modules=["q_proj"])), (BEIT, dict(modules_to_save=None, task_type="SEQ_CLS")),
+    (BEIT, dict(exclude_modules=["q_proj"])), (BEIT, dict(task_type="SEQ_CLS")),
     (TIED, dict(target_modules=["lm_head", "q_proj"]))])
 def test_a_lora_trained_in_another_way_is_that_peft_model(case, options, tmp_path):
     folder, inputs = case.save_adapter(tmp_path, **dict(r=2, target_modules=["q_proj", "fc1"]) | options), case.batch(3)
+    if "task_type" in options:  # earlier versions of peft did not write which heads a task has
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": None}))
     assert_close(logits(case.mixture({"own": folder}), inputs), case.peft_logits(folder, inputs))
 
 
 def test_a_half_precision_adapter_is_scaled_in_fp32_and_read_alone_it_is_the_same(tmp_path):
-    folder = BEIT.save_adapter(tmp_path, r=2, lora_alpha=3, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+    folder = BEIT.save_adapter(tmp_path, r=3, lora_alpha=7, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
     file = folder / "adapter_model.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(file).items()}, file)
     mixed, alone = ContextGatedMOE.from_adapters(BEIT.build(), {"a": folder}), read_expert(BEIT.build(), "a", folder)
