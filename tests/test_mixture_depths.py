@@ -127,8 +127,10 @@ def test_validation_images_may_be_of_several_shapes():
     model, images = PLAIN.joint(), PLAIN.images()
     mixed = {name: [({"x": inputs["x"][:, : 5 - number % 2 * 2]}, labels) for number, (inputs, labels) in enumerate(own[::-1])]
              for name, own in images.items()}
-    history = model.fit_gates(images, mixed, epochs=1)
-    assert all(row["validation_accuracy"] > 0.5 for row in history)
+    history = model.fit_gates(images, mixed, epochs=1, learning_rate=1e-5)
+    losses = [nn.functional.nll_loss(logits(model, inputs), labels, reduction="none") for inputs, labels in loader(model, mixed)]
+    best = min(row["validation_loss"] for row in history)
+    assert abs(torch.cat(losses).mean().item() - best) < 0.01  # late gates were seen before the numbers were fitted the last time
 
 
 SAME = [[("a", "x"), ("b", "x")]]
