@@ -58,8 +58,8 @@ def draw_site(name: str, rng: np.random.Generator) -> Site:
     low, high = RISK_BAND[name]
     sites = rng.uniform((0.2, 0.03, 0, 0), (0.92, 0.36, 1, 1), (5000, 4))  # so many that every band has some
     fitting = (low <= (risks := risk(*sites.T))) & (risks <= high)
-    # Weights under 1 let one kind of ground prevail, as it does in real tiles.
-    tame = (1 - rng.uniform(*WILD[name])) * rng.dirichlet((0.3, 0.4, 0.4, 0.4))
+    # Weights under 1 let one kind of ground prevail, as it does in real tiles; much bare ground would look like grass.
+    tame = (1 - rng.uniform(*WILD[name])) * rng.dirichlet((0.4, 0.15, 0.8, 0.8))
     return Site(*sites[fitting.argmax()].tolist(), *tame.tolist())
 
 
@@ -140,7 +140,7 @@ def draw_parcels(draw: ImageDraw.ImageDraw, taming: ImageDraw.ImageDraw, site: S
         draw.polygon(block(middle, np.full(2, half)), crop)
         if farm:
             for row in np.arange(-half + 1, half, rng.uniform(3, 6)):
-                draw.line(turned(middle + np.array([[row, -half], [row, half]]), turn), mixed(crop, (40, 40, 30), 0.35))
+                draw.line(turned(middle + np.array([[row, -half], [row, half]]), turn), mixed(crop, (40, 40, 30), 0.45))
             continue
         lots = int(rng.integers(1, 4))
         for lot in np.stack(np.mgrid[:lots, :lots], -1).reshape(-1, 2):
@@ -159,7 +159,7 @@ def draw_plants(draw: ImageDraw.ImageDraw, tame: np.ndarray, site: Site, paints:
         at = at + rng.uniform(-0.4, 0.4, at.shape) * pitch
         y, x = at.clip(0, SIZE - 1).astype(int).T
         chance = share + 1.2 * share * (1 - share) * patches[y, x]
-        chance[tame[y, x]] *= 0.05
+        chance[tame[y, x]] *= 0.02
         at = at[rng.uniform(size=len(at)) < chance]
         mix, tone, radius = rng.uniform((-0.25, 0.75, 0.36), (0.25, 1.2, 0.72), (len(at), 3)).T[..., None]
         radius, colours = pitch * radius, blended(paints[cover], dryness + mix[:, 0]) * tone

@@ -1,6 +1,7 @@
 """Frames of four small video games on a board of tiles, each drawn in one of many looks."""
 
 import colorsys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -111,7 +112,7 @@ def snake(cols: int, rows: int, rng: np.random.Generator) -> Scene:
 class Game:
     """A game and how it is usually shown. width, height: of the board, least and most share of the frame."""
 
-    play: object
+    play: Callable[[int, int, np.random.Generator], Scene] | None
     width: tuple[float, float]
     height: tuple[float, float]
     backdrops: tuple[str, ...]
