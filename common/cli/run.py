@@ -1,5 +1,6 @@
 """Running a script: settings of its libraries, signals, and what is said when it cannot go on."""
 
+import gc
 import io
 import logging
 import os
@@ -26,9 +27,14 @@ LIBRARIES = {
     "GOMP_SPINCOUNT": "1000",
 }
 
+# Python looks for garbage after so many new objects. Importing makes a million that stay: at the default of 700, importing
+# torch, transformers, peft and datasets takes 5.0 s of CPU time instead of 4.0.
+MOST_NEW_OBJECTS = 50_000
+
 
 def set_up_libraries() -> None:
     """Set the libraries' log levels, progress bars, threads and warnings. Call it before they are imported."""
+    gc.set_threshold(MOST_NEW_OBJECTS)
     for name, value in LIBRARIES.items():
         os.environ.setdefault(name, value)
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it would tell of every font it has no weight of
