@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
-import torch
 
 from common import models
 from common.cli.flags import RunFlags
@@ -31,7 +28,7 @@ from common.results.metrics import (
 )
 from common.results.report import PAGE, write_report
 from common.results.reuse import DATA, completed, difference, joined, recipes, without
-from common.results.summary import SUMMARY_FILE, read_summary, summary_text, update_summary
+from common.results.summary import SUMMARY_FILE, peak_memory, read_summary, summary_text, update_summary
 from common.training import distributed
 from common.training.checkpoint import Checkpoint
 from common.training.loop import Fit
@@ -257,7 +254,7 @@ class Results:
             **(told_scores(table, key, data.classes) if joint else {"accuracy_told_task": None, "right_task": None}),
             "near_duplicates_in_test": data.near_duplicates_in_test, "trainable_parameters": trainable,
             "seconds": fitted.seconds if fitted else None,
-            "images_per_second": fitted.images / fitted.seconds if fitted and fitted.images else None, "peak_memory_mib": _peak_memory(),
+            "images_per_second": fitted.images / fitted.seconds if fitted and fitted.images else None, "peak_memory_mib": peak_memory(),
         }
 
     @distributed.on_main
@@ -297,14 +294,3 @@ class Results:
         if set(rows["task"]) != titles:
             raise UserError(f"{path} has no rows of {self.name} for every task; add --overwrite to make these results anew")
         return rows
-
-
-def _peak_memory() -> float:
-    """The most memory that this process has held, in MiB: a GPU's if one is used, else its own."""
-    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource  # which Windows has not
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,9 +1,12 @@
 """Results/summary.csv: a row for each method and task, written by every script and read back by the next one."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
+import torch
 
 from common.errors import UserError
 from common.files import write_csv
@@ -67,3 +70,14 @@ def summary_text(table: pd.DataFrame) -> str:
 def print_summary(root: str) -> None:
     """Print the summary of all scripts."""
     print(summary_text(read_summary(Path(root) / "Results" / SUMMARY_FILE)))
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in MiB: a GPU's if one is used, else its own."""
+    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

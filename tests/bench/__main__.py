@@ -12,6 +12,7 @@ import torch
 
 from common.cli.flags import DEMO_BACKBONE, BenchmarkConfig
 from common.cli.parser import parse
+from common.cli.run import keep_freed_memory
 from common.errors import UserError
 from common.files import write_csv
 from common.training.distributed import device_of
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run, print and write every benchmark that was asked for."""
     options = parser().parse_args(arguments)
+    keep_freed_memory()  # as the scripts do; what is compared with them gains by it too
     device = device_of(parse(BenchmarkConfig, ["--device", options.device]))
     if options.cpu_time:
         torch.set_num_threads(1)

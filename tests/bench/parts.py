@@ -1,8 +1,6 @@
 """What was done for speed, each thing on and off: kept because it pays, or left out because it does not."""
 
 import copy
-import ctypes
-import sys
 from collections.abc import Callable
 
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 
 from common.cli.flags import BenchmarkConfig
 from common.cli.parser import parse
+from common.cli.run import keep_freed_memory
 from common.data.tensors import ImageSet
 from common.training import evaluate as evaluation
 from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
@@ -40,7 +39,7 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
         step("LoRA step, ours", ours), step("LoRA step, the fused attention everywhere", lora(sdpa)),
         step("LoRA step, peft's layers", peft_lora(base)), step("LoRA step, foreach AdamW", lora(base), foreach=True),
         step("LoRA step, position bias computed once", lora(without_bias_computation(twin(base)))),
-        Case("LoRA step, freed memory kept", keeping_memory(training_step(ours, batch, settings, precision)), count, flops,
+        Case("LoRA step, memory given back", giving_back(training_step(ours, batch, settings, precision)), count, flops,
              precision),
         step("all weights, ours", everything["ours"], 1.5),
         step("all weights, foreach AdamW", everything["foreach"], 1.5, foreach=True),
@@ -54,20 +53,16 @@ def _on_and_off(base: nn.Module, sdpa: nn.Module, count: int, settings: Settings
     return cases, ratios
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's malloc, see mallopt(3)
 GLIBC_KEEPS = 32 * 2**20  # bytes, the largest piece that glibc comes to keep if it is not told to
 
 
-def keeping_memory(run: Callable[[], None]) -> Callable[[], None]:
-    """The same work while malloc keeps large pieces of memory that are freed; other C libraries than glibc do as they like."""
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+def giving_back(run: Callable[[], None]) -> Callable[[], None]:
+    """The same work while malloc gives large pieces back to the kernel."""
 
     def run_so() -> None:
-        for most in (2**31 - 1, GLIBC_KEEPS):
-            for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) if set_option else ():
-                set_option(option, most)
-            if most > GLIBC_KEEPS:
-                run()
+        keep_freed_memory(GLIBC_KEEPS)
+        run()
+        keep_freed_memory()
 
     return run_so
 
