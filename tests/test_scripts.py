@@ -138,7 +138,7 @@ def test_the_routing_table_has_the_mean_weights_before_every_block_for_every_tas
 
 def test_the_summary_agrees_with_predictions_and_confusion_matrices_and_counts_what_was_trained(workspace, tasks):
     summary = workspace.summary()
-    assert list(summary) == ["method", "task", "accuracy", "accuracy_low", "accuracy_high", "macro_f1",
+    assert list(summary) == ["method", "task", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "calibration_error",
                              "accuracy_told_task", "right_task", "near_duplicates_in_test", "trainable_parameters",
                              "seconds", "images_per_second", "peak_memory_mib"]
     assert list(zip(summary["method"], summary["task"], strict=True)) == EVERY_ROW

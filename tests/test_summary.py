@@ -6,8 +6,8 @@ import pytest
 from common.errors import UserError
 from common.results.summary import read_summary, update_summary
 
-ROW = {"accuracy": 0.845, "accuracy_low": 0.8, "accuracy_high": 0.88, "macro_f1": 0.84, "accuracy_told_task": None,
-       "right_task": None, "near_duplicates_in_test": 3, "trainable_parameters": 1234567, "seconds": 12.5,
+ROW = {"accuracy": 0.845, "accuracy_low": 0.8, "accuracy_high": 0.88, "macro_f1": 0.84, "calibration_error": 0.05,
+       "accuracy_told_task": None, "right_task": None, "near_duplicates_in_test": 3, "trainable_parameters": 1234567, "seconds": 12.5,
        "images_per_second": 88.25, "peak_memory_mib": 512.0}
 
 

@@ -12,6 +12,7 @@ from common.data.tensors import TaskData
 NONE = "none"  # predicted task and class of an image that the mixture was asked to refuse
 NAMES = ("Predicted Class", "Actual Class", "Predicted Task")  # the columns of a table of predictions that hold names
 ANOTHER_TASK = "another task"  # a column of confusion matrices
+CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def probability_column(task: str, name: str) -> str:
 
 
 def scores(table: pd.DataFrame, task: str | None = None) -> dict[str, float]:
-    """Accuracy with its 95 % Wilson interval and macro F1, all between 0 and 1, from a table of predictions.
+    """Accuracy with its 95 % Wilson interval, macro F1 and expected calibration error, all between 0 and 1, from a table of
+    predictions.
 
     task: key of the images' task, for a joint table: a prediction is then right if task and class are.
     """
@@ -71,12 +73,22 @@ def scores(table: pd.DataFrame, task: str | None = None) -> dict[str, float]:
     actual, predicted = (names.get_indexer(table[f"{kind} Class"]) for kind in ("Actual", "Predicted"))  # -1: another class
     if task is not None:
         predicted = np.where(table["Predicted Task"] == task, predicted, -1)
-    correct = int((actual == predicted).sum())
-    interval = binomtest(correct, len(table)).proportion_ci(0.95, method="wilson")
+    right = actual == predicted
+    interval = binomtest(int(right.sum()), len(table)).proportion_ci(0.95, method="wilson")
     return {
-        "accuracy": correct / len(table), "accuracy_low": interval.low, "accuracy_high": interval.high,
+        "accuracy": float(right.mean()), "accuracy_low": interval.low, "accuracy_high": interval.high,
         "macro_f1": float(f1_score(actual, predicted, labels=range(len(names)), average="macro", zero_division=0)),
+        "calibration_error": calibration_error(table.filter(regex="^Probability ").to_numpy().max(1), right),
     }
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error (Guo et al. 2017): how far the share of right answers is from the mean confidence, over bins
+    of equal width, each weighing as its answers are many. confidence: (N,) between 0 and 1; right: (N,) bool."""
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    off = np.bincount(bins, weights=right, minlength=CALIBRATION_BINS) - np.bincount(bins, weights=confidence,
+                                                                                     minlength=CALIBRATION_BINS)
+    return float(np.abs(off).sum() / len(right))
 
 
 def told_scores(table: pd.DataFrame, task: str, classes: list[str]) -> dict[str, float]:

@@ -14,15 +14,15 @@ from common.files import write_csv
 SUMMARY_FILE = "summary.csv"
 TEXTS = ["method", "task"]
 COUNTS = ["near_duplicates_in_test", "trainable_parameters"]
-NUMBERS = ["accuracy", "accuracy_low", "accuracy_high", "macro_f1", "accuracy_told_task", "right_task", *COUNTS, "seconds",
-           "images_per_second", "peak_memory_mib"]
+NUMBERS = ["accuracy", "accuracy_low", "accuracy_high", "macro_f1", "calibration_error", "accuracy_told_task", "right_task",
+           *COUNTS, "seconds", "images_per_second", "peak_memory_mib"]
 TYPES = dict.fromkeys(NUMBERS, float) | dict.fromkeys(COUNTS, int)
 # Title of a column as people read it -> column and format.
 SHOWN = {
     "method": ("method", ""), "task": ("task", ""), "accuracy": ("accuracy", ".1%"),
     "told the task": ("accuracy_told_task", ".1%"), "right task": ("right_task", ".1%"), "macro F1": ("macro_f1", ".3f"),
-    "trained parameters": ("trainable_parameters", ",.0f"), "seconds": ("seconds", ".1f"),
-    "images/s": ("images_per_second", ".0f"), "peak MiB": ("peak_memory_mib", ".0f"),
+    "calibration error": ("calibration_error", ".3f"), "trained parameters": ("trainable_parameters", ",.0f"),
+    "seconds": ("seconds", ".1f"), "images/s": ("images_per_second", ".0f"), "peak MiB": ("peak_memory_mib", ".0f"),
 }
 
 
