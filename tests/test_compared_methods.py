@@ -266,7 +266,7 @@ def test_the_joint_lora_has_the_total_rank_a_fitted_head_and_the_better_of_two_l
     def fit(model, train, validation, settings, *_, objective, **named):
         fits.append((model, settings.learning_rate))
         assert (len(train), len(validation)) == (48, 16) and objective.first.tolist() == [0, 4]
-        assert (settings.epochs, settings.batch_size, settings.augment) == (2, 8, True)
+        assert (settings.epochs, settings.batch_size, settings.augment) == (2, 8, None)
         adapter, head = model.peft_config["default"], model.base_model.model.classifier
         assert (adapter.r, adapter.lora_alpha) == (32, 64)
         seen = features(models.load_backbone(inputs.config.model, ["x"], 0), train, inputs.config).inputs
