@@ -35,6 +35,7 @@ from tests.bench import (
     samples,
     scripts,
     serving,
+    start,
 )
 from tests.bench.measure import Settings, as_text, measure, save, write
 
@@ -50,7 +51,7 @@ WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "
          "duplicates": data.run_duplicates, "stored": data.run_stored, "building": building.run_building,
          "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing,
          "samples": samples.samples, "depths": depths.depths, "time_to_accuracy": accuracy.time_to_accuracy,
-         "serving": serving.serving, "statistics": gates.run_statistics}
+         "serving": serving.serving, "statistics": gates.run_statistics, "start": start.run_start}
 PICTURES = {"demo": scripts.picture, "samples": samples.picture, "depths": depths.picture, "serving": serving.picture}
 ON_ROOT = ["photos", "samples", "depths"]  # they need finished results, depths prepared images
 
