@@ -29,8 +29,8 @@ from tests.bench.xlora import XLora
 
 pytest_plugins = ["warm_process"]
 
-# One of each kind; the others are these at another size or over another quantity.
-KINDS = ["mixture_training", "heads", "image_count", "parts", "evaluation_batch"]
+# One of each kind; the others are these at another size.
+KINDS = ["lora", "mixture_training", "parts", "evaluation_batch"]
 
 
 def test_a_benchmark_writes_its_times_its_ratios_and_a_picture(tmp_path, capsys):
@@ -158,7 +158,12 @@ def test_every_way_to_serve_experts_gives_each_image_the_answer_of_the_one_it_wa
     assert served.mib[MIXED] == pytest.approx(4 * sum(a.nbytes + b.nbytes for a, b in made[0].updates.values()) / 2**20, rel=0.1)
 
 
-def test_tables_of_serving_gates_and_their_statistics(tmp_path):
+def test_tables_of_serving_gates_and_their_statistics(tmp_path, workspace):
+    flags = ["--quick", "--device", "cpu", "--root", str(workspace.root), "--model", workspace.model, "--output", str(tmp_path)]
+    main([*flags, "gates"])
+    assert list(pd.read_csv(tmp_path / "gates_ratios.csv")["wanted"].fillna("")) == ["<= 2.5", "", "<= 1.5", ""]
+    assert pd.read_csv(tmp_path / "gates.csv")["images"].eq(sum(
+        len(data.train) + len(data.validation) for data in workspace.tasks())).all()
     main(["--quick", "--device", "cpu", "--output", str(tmp_path), "serving", "statistics", "--experts", "2"])
     table = pd.read_csv(tmp_path / "serving.csv")
     assert list(table["experts"]) == [2] * 14 and table["method"].nunique() == 7 and (table["images_per_second"] > 0).all()

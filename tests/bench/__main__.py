@@ -22,8 +22,6 @@ from tests.bench import (
     data,
     depths,
     gates,
-    growth,
-    heads,
     lora,
     mixture,
     parts,
@@ -41,9 +39,7 @@ from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
     "lora": lora.epoch, "lora_320": lora.epoch_large, "lora_base": lora.base,
-    "mixture_training": mixture.training, "heads": heads.heads,
-    "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
-    "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
+    "mixture_training": mixture.training, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch, "gates": gates.gates,
 }
 # Each makes a table of its own.
