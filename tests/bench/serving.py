@@ -141,15 +141,16 @@ def peft_experts(plain: PreTrainedModel, made: list[Expert]) -> PeftModel:
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=lora_targets(plain), modules_to_save=["classifier"])
     model = get_peft_model(twin(plain), config, adapter_name=made[0].name)
     layers = model.base_model.model
-    for expert in made[1:]:  # as `add_adapter` does, which looks through the whole model for each
-        model.peft_config[expert.name] = config
-        layers.classifier.update(expert.name)
-        for name in expert.updates:
-            layers.get_submodule(name).update_layer(expert.name, RANK, RANK, config=config)
-    for expert in made:
+    for number, expert in enumerate(made):
+        if number:  # as `add_adapter` does, which looks through the whole model for each
+            model.peft_config[expert.name] = config
+            layers.classifier.update(expert.name)
         for name, (down, up) in expert.updates.items():
-            layers.get_submodule(name).lora_A[expert.name].weight = nn.Parameter(down, requires_grad=False)
-            layers.get_submodule(name).lora_B[expert.name].weight = nn.Parameter(up, requires_grad=False)
+            layer = layers.get_submodule(name)
+            if number:
+                layer.update_layer(expert.name, RANK, RANK, config=config)
+            layer.lora_A[expert.name].weight = nn.Parameter(down, requires_grad=False)
+            layer.lora_B[expert.name].weight = nn.Parameter(up, requires_grad=False)
         head = layers.classifier.modules_to_save[expert.name]
         head.weight, head.bias = (nn.Parameter(part, requires_grad=False) for part in expert.heads["classifier"])
     return model.eval()
