@@ -200,8 +200,8 @@ def picture(table: pd.DataFrame, machine: str) -> Figure:
     axes = figure.subplots(2, len(sizes), squeeze=False)
     for column, size in enumerate(sizes):
         own = table[(table["size"] == size) & table["seconds"].notna()]
-        for number, (method, rows) in enumerate(own.groupby("method", sort=False)):
-            style = {"marker": "o", "markersize": 4, "color": "black" if method == PLAIN else f"C{number - 1}",
+        for method, rows in own.groupby("method", sort=False):
+            style = {"marker": "o", "markersize": 4, "color": "black" if method == PLAIN else f"C{METHODS.index(method)}",
                      "linestyle": "--" if method == PLAIN else "-", "label": method}
             axes[0, column].plot(rows["experts"], rows["images_per_second"], **style)
             if method != PLAIN:
@@ -217,5 +217,6 @@ def picture(table: pd.DataFrame, machine: str) -> Figure:
             axis.grid(alpha=0.25)
         axes[0, column].set_title(f"{size}'s size, 16 images that want different experts", fontsize=10)
     figure.suptitle(machine, fontsize=9)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, fontsize=8, loc="outside lower center", ncols=4)
     return figure
