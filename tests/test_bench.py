@@ -1,6 +1,7 @@
 """Tests of the benchmarks: each kind runs, and measures what it says; none looks at a time."""
 
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,22 +12,25 @@ from image_sources import write_folders
 from PIL import Image
 from pipeline import Workspace, tiny_beit
 
-from common.cli.flags import BenchmarkConfig
+from common import predict
+from common.cli.flags import BenchmarkConfig, PredictConfig
 from common.cli.parser import parse
 from common.comparison.features import HEAD_INPUT, backbone_features
 from common.data.tensors import ImageSet
 from common.training.blocks import block_names
 from ContextGatedMOE import Expert
-from tests.bench import data, depths, preparation, samples
+from tests.bench import accuracy, data, depths, preparation, samples, start
 from tests.bench.__main__ import BENCHMARKS, WHOLE, main
 from tests.bench.measure import LIMIT, Case, Ratio, Settings, forward_flops, measure
-from tests.bench.setups import experts, mixture, twin
+from tests.bench.scripts import PROJECT
+from tests.bench.serving import EVERYWHERE, LOOP, MIXED, SWITCHED, TOP_1, Served
+from tests.bench.setups import dinov2_small, experts, images, mixture, twin
 from tests.bench.xlora import XLora
 
 pytest_plugins = ["warm_process"]
 
-# One of each kind; the others are these at another size or over another quantity.
-KINDS = ["mixture_training", "heads", "image_count", "parts", "evaluation_batch"]
+# One of each kind; the others are these at another size.
+KINDS = ["lora", "mixture_training", "parts", "evaluation_batch"]
 
 
 def test_a_benchmark_writes_its_times_its_ratios_and_a_picture(tmp_path, capsys):
@@ -136,6 +140,69 @@ def test_the_xlora_loop_over_equal_experts_is_that_one_adapter():
     assert torch.allclose(found, base(images).logits, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
     loop(images).logits.sum().backward()  # and only its weighing learns
     assert {name for name, parameter in loop.named_parameters() if parameter.grad is not None} == {"weigh.weight", "weigh.bias"}
+
+
+def test_every_way_to_serve_experts_gives_each_image_the_answer_of_the_one_it_wants(tmp_path):
+    settings = Settings(torch.device("cpu"), 1, True, tmp_path)
+    plain = dinov2_small(settings, num_labels=3)
+    made = experts(plain, 4)
+    for expert in made:  # so large that no two agree
+        expert.updates = {name: (down, 20 * up) for name, (down, up) in expert.updates.items()}
+    inputs = images(settings, 6, plain)[0]
+    served = Served(plain, made, inputs, settings, {LOOP: "not the same"})
+    told = served.runs[MIXED]().log_softmax(-1)
+    assert torch.allclose(served.runs[SWITCHED]().log_softmax(-1), told, atol=1e-4)
+    own = torch.stack([row.view(4, 3)[number] for row, number in zip(served.runs[EVERYWHERE](), served.wanted, strict=True)])
+    assert torch.allclose(own.log_softmax(-1), told, atol=1e-4) and not torch.allclose(told[1:], told[:-1], atol=1e-2)
+    assert torch.equal(served.runs[TOP_1]().view(6, 4, 3).logsumexp(-1).argmax(1), served.wanted)
+    assert served.mib[MIXED] == pytest.approx(4 * sum(a.nbytes + b.nbytes for a, b in made[0].updates.values()) / 2**20, rel=0.1)
+
+
+def test_tables_of_serving_gates_and_their_statistics(tmp_path, workspace):
+    flags = ["--quick", "--device", "cpu", "--root", str(workspace.root), "--model", workspace.model, "--output", str(tmp_path)]
+    main([*flags, "gates"])
+    assert list(pd.read_csv(tmp_path / "gates_ratios.csv")["wanted"].fillna("")) == ["<= 2.5", "", "<= 1.5", ""]
+    assert pd.read_csv(tmp_path / "gates.csv")["images"].eq(sum(
+        len(data.train) + len(data.validation) for data in workspace.tasks())).all()
+    main(["--quick", "--device", "cpu", "--output", str(tmp_path), "serving", "statistics", "--experts", "2"])
+    table = pd.read_csv(tmp_path / "serving.csv")
+    assert list(table["experts"]) == [2] * 14 and table["method"].nunique() == 7 and (table["images_per_second"] > 0).all()
+    assert (table.loc[table["method"] == MIXED, "over_adapter_names"] == 1).all() and (tmp_path / "serving.png").exists()
+    kept = pd.read_csv(tmp_path / "statistics.csv").iloc[0]  # ten means, and the upper half of a matrix, of each gate at most
+    most = kept["gates"] * 4 * (10 * (1 + kept["features"]) + kept["features"] * (kept["features"] + 1) / 2) / 2**20
+    assert 0.5 * most < kept["mib_in_memory"] <= most and kept["mib_on_disk"] == pytest.approx(kept["mib_in_memory"], rel=0.05)
+
+
+def test_time_to_accuracy_ends_where_the_accuracy_of_the_other_is_reached(tmp_path, workspace, monkeypatch):
+    """A fifth of a second for each epoch of both; nothing of theirs is better than ours."""
+    monkeypatch.setattr(accuracy, "_trainer", lambda *_: [(0.2, 0.25), (0.4, 0.75), (0.6, 0.5)])
+    monkeypatch.setattr(accuracy, "_ours", lambda *_: [(0.1, 0.25), (0.3, 0.5), (0.5, 0.75)])
+    main(["--device", "cpu", "--root", str(workspace.root), "--output", str(tmp_path), "time_to_accuracy"])
+    table = pd.read_csv(tmp_path / "time_to_accuracy.csv")
+    assert np.allclose(table[["accuracy", "our_seconds_until", "trainer_seconds_until", "ratio"]], [0.5, 0.3, 0.4, 2.0])
+    monkeypatch.setattr(accuracy, "_ours", lambda *_: [(0.1, 0.25)])
+    main(["--device", "cpu", "--root", str(workspace.root), "--output", str(tmp_path), "time_to_accuracy"])
+    assert pd.read_csv(tmp_path / "time_to_accuracy.csv")["ratio"].isna().all()
+
+
+def test_start_is_that_of_predict_on_a_saved_mixture_of_the_demo(tmp_path, workspace, monkeypatch, capsys):
+    def seconds_of(command, name):
+        if "common.predict" not in command:
+            return 2.0
+        predict.main(parse(PredictConfig, [str(part) for part in command[3:]]))
+        return 3.0
+
+    monkeypatch.setattr(start, "seconds_of", seconds_of)
+    main(["--quick", "--device", "cpu", "--root", str(workspace.root), "--output", str(tmp_path), "start"])
+    table = pd.read_csv(tmp_path / "start.csv").set_index("what")
+    assert table["over_imports"].to_dict() == {start.IMPORTS: 1, **dict.fromkeys([*start.COMMANDS][1:], 1), "predict, one image": 1.5}
+    assert capsys.readouterr().out.count("one_fire.png") == 2  # the first warms up
+
+
+def test_a_saved_mixture_needs_no_peft():
+    """Which takes long to import."""
+    code = "import sys, common.models, ContextGatedMOE.saving; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
 def test_data_are_prepared_and_stored_in_processes_of_their_own(tmp_path, monkeypatch, warm_process):

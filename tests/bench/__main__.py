@@ -22,8 +22,6 @@ from tests.bench import (
     data,
     depths,
     gates,
-    growth,
-    heads,
     lora,
     mixture,
     parts,
@@ -35,14 +33,13 @@ from tests.bench import (
     samples,
     scripts,
     serving,
+    start,
 )
 from tests.bench.measure import Settings, as_text, measure, save, write
 
 BENCHMARKS = {
     "lora": lora.epoch, "lora_320": lora.epoch_large, "lora_base": lora.base,
-    "mixture_training": mixture.training, "heads": heads.heads,
-    "experts": growth.by_experts, "rank": growth.by_rank, "image_size": growth.by_size,
-    "image_count": growth.by_images, "parts": parts.parts, "parts_base": parts.parts_base,
+    "mixture_training": mixture.training, "parts": parts.parts, "parts_base": parts.parts_base,
     "evaluation_batch": parts.evaluation_batch, "gates": gates.gates,
 }
 # Each makes a table of its own.
@@ -50,7 +47,7 @@ WHOLE = {"demo": scripts.run_demo, "preparation": preparation.run_preparation, "
          "duplicates": data.run_duplicates, "stored": data.run_stored, "building": building.run_building,
          "photos": photos.run_photos, "routing_experts": routing.experts, "routing": routing_mixture.routing,
          "samples": samples.samples, "depths": depths.depths, "time_to_accuracy": accuracy.time_to_accuracy,
-         "serving": serving.serving, "statistics": gates.run_statistics}
+         "serving": serving.serving, "statistics": gates.run_statistics, "start": start.run_start}
 PICTURES = {"demo": scripts.picture, "samples": samples.picture, "depths": depths.picture, "serving": serving.picture}
 ON_ROOT = ["photos", "samples", "depths"]  # they need finished results, depths prepared images
 

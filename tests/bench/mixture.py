@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from tests.bench.measure import FP32, Benchmark, Case, Ratio, Settings, forward_flops
-from tests.bench.setups import beit, experts, forward, images, lora, mixture, peft_lora, training_step, twin
+from tests.bench.measure import Benchmark, Case, Ratio, Settings, forward_flops
+from tests.bench.setups import beit, experts, images, lora, mixture, peft_lora, training_step, twin
 from tests.bench.xlora import XLora
 
 EXPERTS = (2, 8)

@@ -15,8 +15,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.bench.measure import Settings
+from tests.bench.scripts import PROJECT
 
-PROJECT = Path(__file__).parents[2]
 STEPS, IMAGES = 6, 16  # of one round; the first step is not counted
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,8 +23,9 @@ from tests.bench.xlora import XLora
 
 COUNTS, QUICK_COUNTS = (1, 8, 64, 256), (1, 4)
 CLASSES, BATCH = 10, 16
+CERTAIN = 1e4  # by how much the scores of the expert that an image wants are larger than the others'
 SLOW = 4.0  # times the plain base: what takes longer is timed once
-TOO_SLOW = 60.0  # times the plain base, as far as can be told from fewer experts: what would take longer is left out
+TOO_SLOW = 60.0  # times the plain base, as far as can be told from fewer experts: X-LoRA that would take longer is left out
 PLAIN, ALL, TOP_1, EVERYWHERE = "plain base", "ours, all experts", "ours, top 1", "ours, top 1 in all blocks"
 MIXED, SWITCHED, LOOP = "peft, adapter_names", "peft, set_adapter in turn", "X-LoRA"
 METHODS = (PLAIN, ALL, TOP_1, EVERYWHERE, MIXED, SWITCHED, LOOP)
@@ -35,21 +37,21 @@ def serving(settings: Settings) -> pd.DataFrame:
     ones, at BEiT-base's size and DINOv2-small's: ours finds the expert, peft is told it; X-LoRA mixes all in two passes."""
     rows: list[dict[str, object]] = []
     for size, make in (("BEiT-base", beit), ("DINOv2-small", dinov2_small)):
-        times: dict[str, tuple[int, float]] = {}  # method: number of experts and times the plain base, of the last measured
+        of_one = 0.0  # how many times as long as the plain base X-LoRA takes, for each expert
         for count in settings.experts or (QUICK_COUNTS if settings.quick else COUNTS):
-            for row in _rows(make(settings, num_labels=CLASSES), count, settings, times):
+            for row in _rows(make(settings, num_labels=CLASSES), count, settings, of_one * count > TOO_SLOW):
                 row = {"size": size, "experts": count, **row}
                 print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
                 rows.append(row)
+            of_one = rows[-1].get("over_plain", TOO_SLOW) / count
     return pd.DataFrame(rows)
 
 
-def _rows(plain: PreTrainedModel, count: int, settings: Settings, times: dict[str, tuple[int, float]]) -> list[dict[str, object]]:
-    """A row for each method; those that are left out say why in `note`."""
+def _rows(plain: PreTrainedModel, count: int, settings: Settings, without_loop: bool) -> list[dict[str, object]]:
+    """A row for each method, the last of X-LoRA; those that are left out say why in `note`."""
     made = experts(plain, count)
     inputs = images(settings, BATCH, plain)[0]
-    left_out = {name: f"left out: over {TOO_SLOW:.0f} times the plain base"
-                for name, (before, ratio) in times.items() if ratio * count / before > TOO_SLOW}
+    left_out = {LOOP: f"left out: over {TOO_SLOW:.0f} times the plain base"} if without_loop else {}
     if 3 * _mib_of(made) > _room(settings.device):  # of the experts, and of the stacks and heads of two models
         left_out = dict.fromkeys(METHODS[1:], "left out: over half of the memory")
     served = Served(plain, made, inputs, settings, left_out)
@@ -65,8 +67,6 @@ def _rows(plain: PreTrainedModel, count: int, settings: Settings, times: dict[st
         for column, other in COMPARED.items():
             ratios = sorted(a / b for a, b in zip(taken, seconds.get(other, []), strict=False))
             row |= {column: statistics.median(ratios), f"{column}_low": ratios[0], f"{column}_high": ratios[-1]} if ratios else {}
-        if name != PLAIN:
-            times[name] = count, row["over_plain"]
         rows.append(row | {"note": ""})
     return rows
 
@@ -141,15 +141,16 @@ def peft_experts(plain: PreTrainedModel, made: list[Expert]) -> PeftModel:
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=lora_targets(plain), modules_to_save=["classifier"])
     model = get_peft_model(twin(plain), config, adapter_name=made[0].name)
     layers = model.base_model.model
-    for expert in made[1:]:  # as `add_adapter` does, which looks through the whole model for each
-        model.peft_config[expert.name] = config
-        layers.classifier.update(expert.name)
-        for name in expert.updates:
-            layers.get_submodule(name).update_layer(expert.name, RANK, RANK, config=config)
-    for expert in made:
+    for number, expert in enumerate(made):
+        if number:  # as `add_adapter` does, which looks through the whole model for each
+            model.peft_config[expert.name] = config
+            layers.classifier.update(expert.name)
         for name, (down, up) in expert.updates.items():
-            layers.get_submodule(name).lora_A[expert.name].weight = nn.Parameter(down, requires_grad=False)
-            layers.get_submodule(name).lora_B[expert.name].weight = nn.Parameter(up, requires_grad=False)
+            layer = layers.get_submodule(name)
+            if number:
+                layer.update_layer(expert.name, RANK, RANK, config=config)
+            layer.lora_A[expert.name].weight = nn.Parameter(down, requires_grad=False)
+            layer.lora_B[expert.name].weight = nn.Parameter(up, requires_grad=False)
         head = layers.classifier.modules_to_save[expert.name]
         head.weight, head.bias = (nn.Parameter(part, requires_grad=False) for part in expert.heads["classifier"])
     return model.eval()
@@ -162,13 +163,11 @@ def want_different(model: ContextGatedMOE, inputs: Tensor, wanted: Tensor) -> No
     features: dict[str, Tensor] = {}
     with model.router.using(plain=True, features=features):
         model.base_model(inputs)
+    asked = F.one_hot(wanted, len(model.expert_names)).double()
     for name, values in features.items():
-        score, middle = model.gates()[name].score, values.mean(0)
-        own = 1000 * F.normalize(values - middle, dim=1)
-        for expert in wanted.unique().tolist():
-            vector = own[wanted == expert].sum(0)
-            row = expert * model.sizes[0]
-            score.weight[row], score.bias[row] = vector, -vector @ middle
+        score, middle = model.gates()[name].score, values.double().mean(0)
+        rows = CERTAIN * (torch.linalg.pinv(values.double() - middle) @ (asked - asked.mean(0))).T  # (E, K)
+        score.weight[:: model.sizes[0]], score.bias[:: model.sizes[0]] = rows.float(), -(rows @ middle).float()
     model.top_k = 1
     for model.router.start in (choose_start(model), 0):
         with model.record_gates() as gates:
@@ -201,8 +200,8 @@ def picture(table: pd.DataFrame, machine: str) -> Figure:
     axes = figure.subplots(2, len(sizes), squeeze=False)
     for column, size in enumerate(sizes):
         own = table[(table["size"] == size) & table["seconds"].notna()]
-        for number, (method, rows) in enumerate(own.groupby("method", sort=False)):
-            style = {"marker": "o", "markersize": 4, "color": "black" if method == PLAIN else f"C{number - 1}",
+        for method, rows in own.groupby("method", sort=False):
+            style = {"marker": "o", "markersize": 4, "color": "black" if method == PLAIN else f"C{METHODS.index(method)}",
                      "linestyle": "--" if method == PLAIN else "-", "label": method}
             axes[0, column].plot(rows["experts"], rows["images_per_second"], **style)
             if method != PLAIN:
@@ -211,12 +210,13 @@ def picture(table: pd.DataFrame, machine: str) -> Figure:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks(sorted(set(own["experts"])), sorted(set(own["experts"])))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
-            axis.tick_params(axis="y", which="minor", labelsize=6)
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set(xlabel="experts of rank 16", ylabel=label)
-            axis.grid(which="both", alpha=0.25)
+            axis.grid(alpha=0.25)
         axes[0, column].set_title(f"{size}'s size, 16 images that want different experts", fontsize=10)
     figure.suptitle(machine, fontsize=9)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines, fontsize=8, loc="outside lower center", ncols=4)
     return figure

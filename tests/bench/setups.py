@@ -30,7 +30,7 @@ def beit(settings: Settings, attention: str | None = None, **shape: int) -> Beit
     """A BEiT with random weights, of BEiT-base's shape or, with `--large`, BEiT-large's, but for the `shape` given here; a
     tiny one with `--quick`."""
     torch.manual_seed(0)
-    size = TINY if settings.quick else (LARGE if settings.large else BASE) | shape
+    size = shape | TINY if settings.quick else (LARGE if settings.large else BASE) | shape
     config = BeitConfig(**{
         "use_relative_position_bias": True, "layer_scale_init_value": 0.1, "drop_path_rate": 0.0, "use_mean_pooling": True,
         "num_labels": 4, **size,
