@@ -60,14 +60,14 @@ def test_two_processes_train_as_one_and_leave_the_same_files(both):
     """
     assert files_in(both[0].root) == files_in(both[1].root)
     for name in files_in(both[0].results):
+        tolerance = 1e-4 if name.startswith("CGM_Lora") else 1e-5  # the search for the head's numbers ends a little elsewhere
         if name.endswith(".safetensors"):
             one, two = (load_file(place.results / name) for place in both)
-            tolerance = 1e-4 if "cgm" in name else 1e-5  # a search ends a little elsewhere
             for key, values in one.items():  # rounding is relative: the gates' scores are in the hundreds
                 assert np.abs(values - two[key]).max() <= tolerance * max(1, np.abs(values).max()), (name, key)
         elif name.endswith("_History.csv"):
             one, two = (pd.read_csv(place.results / name) for place in both)
-            assert np.allclose(one, two, atol=1e-5, equal_nan=True), (name, one - two)
+            assert np.allclose(one, two, atol=tolerance, equal_nan=True), (name, one - two)
 
 
 def test_two_processes_of_which_one_is_killed_end_with_one_line_and_go_on_where_they_were(warm_process, both, tmp_path):
