@@ -24,6 +24,14 @@ def bomb(side):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
 
 
+def unpacking_to(path, size):
+    """A zip whose first file says that it unpacks to so many bytes."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<I", content, content.index(b"PK\1\2") + 24, size)
+    path.write_bytes(content)
+    return path
+
+
 def changed_row(folder, image):
     """A Parquet file with another image in row 17."""
     dataset = image_dataset(FIRE_CLASSES, 12).cast_column("image", Image(decode=False))
@@ -70,6 +78,7 @@ BAD_SOURCES = {
     "no JSON": (lambda f: with_file(write_folders(f), "metadata.jsonl"), r"metadata.jsonl cannot be read as a table"),
     "parquet and images": (lambda f: one_parquet(write_folders(f)).parent, "holds Parquet files .* and images .*give a folder"),
     "no zip": (lambda f: with_file(f, "a.zip", b"PK\3\4") / "a.zip", "cannot be read as Parquet or a zip"),
+    "bomb in zip": (lambda f: unpacking_to(zipped(f), 4 * 10**9), r"source\.zip holds .*\.png of 4 GB, too large for an image"),
     "damaged in zip": (lambda f: changed_file(zipped(f), png(1, 3), png(1, 3)[:-5] + bytes(5)),
                        r"source\.zip/low/03\.png\) of fire risk is damaged: Bad CRC"),
     "encrypted": (lambda f: changed_file(zipped(f), b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1"),

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import is_unicode
 from common.tasks import class_name
 
+LARGEST_IMAGE = 2**30  # bytes in a zip, where a small file may unpack to any size
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 METADATA_COLUMNS = {"file_name", "label"}
 UTF8_NAME = 0x800  # the flag of an entry of a zip whose name is UTF-8
@@ -59,7 +60,9 @@ def _entries(archive: zipfile.ZipFile, where: str) -> Iterator[File]:
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
         if not parts or name[0] == "/" or name[-1] == "/" or any(part.startswith(HIDDEN) for part in parts):  # so does `..`
             continue
-        found[parts] = File(parts, _ZipMember(archive, entry, "/".join(parts)))
+        file = found[parts] = File(parts, _ZipMember(archive, entry, "/".join(parts)))
+        if file.is_image and entry.file_size > LARGEST_IMAGE:
+            raise UserError(f"{where} holds {name} of {entry.file_size / 1e9:.0f} GB, too large for an image; remove it")
         guessed += [] if sure else [name]
     if guessed:
         print(f"{where}: {len(guessed):,} names are not in UTF-8 and read as code page 437 ({first_few(guessed)}); if they look "
