@@ -16,8 +16,7 @@ EMPTY = -1
 TETROMINOES = ("####", "## ##", "### .#.", "### #..", "### ..#", ".## ##.", "##. .##")
 STYLES = ("flat", "bevel", "outline", "round", "hollow")
 BACKDROPS = ("flat", "flat", "gradient", "stars", "lattice", "stripes")
-# How often a game has its usual shape of board, backdrop and frame round it, else any: the higher, the easier to tell apart. The
-# frame helps a head on frozen features most, the shape of the board helps those who learn.
+# How often a game has its usual shape of board, backdrop and frame round it, else any: the higher, the easier to tell apart.
 USUAL_CHANCES = 0.9, 0.7, 0.4
 
 
