@@ -9,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.labels import check_order
+from ContextGatedMOE.layers import InPlaceOfLinear
 
 
 def at_least_one(name: str, value: int | None) -> int | None:
@@ -49,7 +50,7 @@ class Expert:
 
 def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by name; for a layer of a mixture, the plain layer under it."""
-    return {name: m.mixture_base() if hasattr(m, "mixture_base") else m for name, m in model.named_modules()}
+    return {name: m.base if isinstance(m, InPlaceOfLinear) else m for name, m in model.named_modules()}
 
 
 def head_of(expert: Expert, layer: str, base: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ContextGatedMOE.adapters import Expert, MixtureError, head_of, stack_updates
+from ContextGatedMOE.adapters import Expert, head_of, stack_updates
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.gate import Gate
 from ContextGatedMOE.heads import HEAD_GATE, HEAD_NUMBERS, JointHead, SharedHead
 from ContextGatedMOE.layers import MixtureLinear

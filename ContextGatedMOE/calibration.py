@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.fitting import ImageFeatures
 from ContextGatedMOE.gate import START
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ContextGatedMOE import building, calibration, fitting
-from ContextGatedMOE.adapters import Expert, MixtureError, check_together, cut_experts
+from ContextGatedMOE.adapters import Expert, check_together, cut_experts
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.fitting import PLAIN
 from ContextGatedMOE.heads import HEAD_NUMBERS
 from ContextGatedMOE.labels import class_names, output_columns

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ContextGatedMOE.adapters import MixtureError
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.statistics import Statistics
 
 ADDED_AT_ONCE = 1024  # images, as adding up sums takes as long as making them of many images

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ContextGatedMOE.gate import ClassMap, keep_dtype
+from ContextGatedMOE.layers import InPlaceOfLinear
 from ContextGatedMOE.passes import Evidence
 from ContextGatedMOE.routing import Router, as_tokens, current_pass
 
@@ -15,7 +16,7 @@ HEAD_GATE = "head_gate"  # the name of the gate that sees what reaches the head,
 TINY = torch.finfo(torch.float32).tiny  # in place of 0 in logarithms: a weight of 0 still gives a finite loss
 
 
-class JointHead(nn.Module):
+class JointHead(InPlaceOfLinear):
     """Log-probabilities over the classes of all experts, from every expert's own head and what the gates know of the classes.
 
     For expert e and its class c, normalised over all:
@@ -33,8 +34,7 @@ class JointHead(nn.Module):
 
     def __init__(self, base: nn.Linear, weight: Tensor, bias: Tensor, sizes: list[int], columns: list[int], name: str,
                  router: Router, headless: list[int] = ()):
-        super().__init__()
-        self.base = base
+        super().__init__(base, name)
         self.expert_weight = nn.Parameter(weight, requires_grad=False)
         self.expert_bias = nn.Parameter(bias, requires_grad=False)
         self.classes = ClassMap(sizes)
@@ -45,22 +45,13 @@ class JointHead(nn.Module):
         self.register_buffer("no_head", torch.isin(self.classes.owner, torch.tensor(list(headless), dtype=torch.long)),
                              persistent=False)  # (sum of C_e,)
         self.outputs = max(columns, default=-1) + 1
-        self.name, self.router = name, router
+        self.router = router
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "JointHead":
         """Conversions, but the head's numbers stay in fp32, as the gates do."""
         kept = [getattr(self, name) for name in HEAD_NUMBERS]
         return super()._apply(lambda tensor: keep_dtype(tensor, fn) if any(tensor is own for own in kept) else fn(tensor),
                               recurse)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base head's weight (C, D), for models that ask a layer for its dtype or device by it."""
-        return self.base.weight
-
-    def mixture_base(self) -> nn.Linear:
-        """The plain layer this one replaces."""
-        return self.base
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, D) or (B, N, D). Returns log-probabilities (B, outputs) or (B, N, outputs) in fp32."""
@@ -118,27 +109,17 @@ class JointHead(nn.Module):
         return summed.clamp_min(TINY).log() + largest
 
 
-class SharedHead(nn.Module):
+class SharedHead(InPlaceOfLinear):
     """sum_e g_e (W_e h + b_e): heads of one label space, mixed by the weights that the gates have come to.
 
     expert_weight: (E, C, D); expert_bias: (E, C) or None. `base` is the head the base model had.
     """
 
     def __init__(self, base: nn.Linear, weight: Tensor, bias: Tensor | None, name: str, router: Router):
-        super().__init__()
-        self.base = base
+        super().__init__(base, name)
         self.expert_weight = nn.Parameter(weight, requires_grad=False)
         self.expert_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.name, self.router = name, router
-
-    @property
-    def weight(self) -> Tensor:
-        """The base head's weight (C, D), for models that ask a layer for its dtype or device by it."""
-        return self.base.weight
-
-    def mixture_base(self) -> nn.Linear:
-        """The plain layer this one replaces."""
-        return self.base
+        self.router = router
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, ..., D). Returns (B, ..., C)."""

@@ -7,7 +7,20 @@ from torch import Tensor, nn
 from ContextGatedMOE.routing import per_image
 
 
-class MixtureLinear(nn.Module):
+class InPlaceOfLinear(nn.Module):
+    """A layer of a mixture in place of a linear layer of the base model, `base`."""
+
+    def __init__(self, base: nn.Linear, name: str):
+        super().__init__()
+        self.base, self.name = base, name
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen base weight (d_out, d_in): some models ask a layer for its dtype or device by it."""
+        return self.base.weight
+
+
+class MixtureLinear(InPlaceOfLinear):
     """y = W x + b + sum_e g_e s_e B_e A_e x, with the weights g (B, E) of the block that the layer is in.
 
     lora_A: (R, d_in) and lora_B: (d_out, R) hold the experts one after the other, R the sum of their ranks, scaling in
@@ -16,26 +29,16 @@ class MixtureLinear(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, ranks: list[int], name: str):
-        super().__init__()
-        self.base = base
+        super().__init__(base, name)
         self.lora_A = nn.Parameter(lora_A, requires_grad=False)
         self.lora_B = nn.Parameter(lora_B, requires_grad=False)
-        self.ranks, self.name = ranks, name
+        self.ranks = ranks
         sizes, within = torch.tensor(ranks, device=lora_A.device), torch.arange(max(ranks), device=lora_A.device)
         used = within < sizes[:, None]
         rows = (sizes.cumsum(0) - sizes)[:, None] + within
         owner = torch.arange(len(ranks), device=lora_A.device).repeat_interleave(sizes)
         for buffer, value in (("owner", owner), ("rows", rows.where(used, 0)), ("used", used)):
             self.register_buffer(buffer, value, persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen base weight (d_out, d_in): some models ask a layer for its dtype or device by it."""
-        return self.base.weight
-
-    def mixture_base(self) -> nn.Linear:
-        """The plain layer this one replaces."""
-        return self.base
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in). Returns (..., d_out)."""

@@ -13,6 +13,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 
 from ContextGatedMOE.adapters import plain_layers
 from ContextGatedMOE.errors import MixtureError
+from ContextGatedMOE.layers import InPlaceOfLinear
 
 PREFIX = "base_model.model."  # before every name in an adapter's file
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing call the module that they wrap.
@@ -23,7 +24,7 @@ class LayerNames:
     """Today's names of a model's layers, and those of earlier versions of transformers."""
 
     def __init__(self, model: nn.Module):
-        inside = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "mixture_base"))
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, InPlaceOfLinear))
         self.layers = {name: layer for name, layer in plain_layers(model).items() if not name.startswith(inside)}
         self._wrappers = WRAPPERS - {part for name in self.layers for part in name.split(".")}
         conversions = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ContextGatedMOE.adapters import MixtureError, sees_positions
+from ContextGatedMOE.adapters import sees_positions
+from ContextGatedMOE.errors import MixtureError
 from ContextGatedMOE.passes import Unit
 
 DEPTHS = 6  # gates stand before at most so many of the blocks of a list, evenly spaced; validation images choose among them
