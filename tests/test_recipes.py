@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-import torch
 import torch.nn.functional as F
 from trainings import examples, head, settings
 

@@ -15,14 +15,6 @@ def mixed(first: Colour, second: Colour, share: float) -> Colour:
     return tuple(round(a + share * (b - a)) for a, b in zip(first, second, strict=True))
 
 
-def two_colours(rng: np.random.Generator, contrast: int = 70) -> tuple[Colour, Colour]:
-    """A ground and an ink whose brightness differs by at least `contrast` of 255; either may be the darker."""
-    while True:
-        ground, ink = rng.integers(0, 256, (2, 3))
-        if abs(int(ground.mean()) - int(ink.mean())) >= contrast:
-            return tuple(ground.tolist()), tuple(ink.tolist())
-
-
 def polygon(corners: int, middle: np.ndarray, radius: float, turn: float, depth: float = 1.0) -> Corners:
     """Corners of a regular polygon, or with `depth` under 1 of a star, whose inner corners lie at that share of the radius."""
     number = corners if depth == 1 else 2 * corners

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 
-from common.demo.drawing import compressed, noisy, polygon, two_colours
+from common.demo.drawing import Colour, compressed, noisy, polygon
 from common.demo.fractals import Textures, compose, draw_figures, sample_system
 
 SIZE = 64  # pixels, square, of what is drawn here; plots and the demo's pictures are larger
@@ -28,6 +28,14 @@ SANS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono",
 @cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
+
+
+def two_colours(rng: np.random.Generator, contrast: int = 70) -> tuple[Colour, Colour]:
+    """A ground and an ink whose brightness differs by at least `contrast` of 255; either may be the darker."""
+    while True:
+        ground, ink = rng.integers(0, 256, (2, 3))
+        if abs(int(ground.mean()) - int(ink.mean())) >= contrast:
+            return tuple(ground.tolist()), tuple(ink.tolist())
 
 
 def glyph(character: str, rng: np.random.Generator, fonts: tuple[str, ...] = SERIF + SANS) -> np.ndarray:
