@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.tasks import read_tasks
 
 # Measured on two cores with nothing else at work (README, "The demo").
-DEMO_SECONDS, DEMO_QUICK_SECONDS = 120, 20
+DEMO_SECONDS, DEMO_QUICK_SECONDS = 110, 25
 
 FOLDERS = {"Generate_Base_Model": "Base_Models"}  # script -> folder of its results, where that has another name
 
