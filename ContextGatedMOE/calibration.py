@@ -1,4 +1,4 @@
-"""What validation images choose: the block from which on experts are used, shrinkage, which gates stay, and a few numbers."""
+"""What validation images choose: shrinkage, which gates stay, and a few numbers."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +29,7 @@ from common.training.evaluate import evaluate
 from ContextGatedMOE import Expert, MixtureError, reading
 from ContextGatedMOE.adapters import refuse_positions
 from ContextGatedMOE.finished import check_base, check_options, read_finished, stated_classes
-from ContextGatedMOE.renaming import PREFIX, LayerNames, in_todays_names
+from ContextGatedMOE.renaming import PREFIX, LayerNames, in_todays_names, of_pattern
 
 
 class LoraLinear(Linear):
@@ -142,8 +141,7 @@ def adopt(config: TrainingFlags, data: TaskData, adapter: Adapter) -> PeftModel:
     order = stated_order(adapter.stated, data.classes)
     if order is not None and order != sorted(order):
         _print_once(f"{adapter.place} has the classes in the order {', '.join(adapter.stated)}; its head is put into that of the task")
-    alphas = {layer: settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, layer), settings.lora_alpha)
-              for layer in ranks}
+    alphas = {layer: of_pattern(settings.alpha_pattern, layer, settings.lora_alpha) for layer in ranks}
     adopted = get_peft_model(model, LoraConfig(
         r=adapter.config.r, lora_alpha=adapter.config.lora_alpha, use_rslora=adapter.config.use_rslora, rank_pattern=ranks,
         alpha_pattern=alphas, target_modules=list(ranks), modules_to_save=[HEAD]))
