@@ -33,6 +33,12 @@ pytest_plugins = ["warm_process"]
 KINDS = ["lora", "mixture_training", "parts", "evaluation_batch"]
 
 
+@pytest.fixture(scope="module")
+def workspace(workspace, tmp_path_factory):
+    """A copy of the workspace: benchmarks keep images beside the data as other image processors make them."""
+    return workspace.copy(tmp_path_factory.mktemp("bench_root"))
+
+
 def test_a_benchmark_writes_its_times_its_ratios_and_a_picture(tmp_path, capsys):
     main(["--quick", "--device", "cpu", "--output", str(tmp_path), *KINDS])
     for name in KINDS:
